@@ -1,0 +1,593 @@
+"""Finetunes and evaluates a classifier (paper Sec. 4.1; recipes: Tables 22-24).
+
+    torchrun train_finetune.py --init runs/demo/last.pt           # built-in clips, minutes on a CPU
+    torchrun --nproc_per_node=8 train_finetune.py --preset vggsound --data clips/ \\
+        --annotations vggsound.csv --init runs/vggsound/last.pt
+    python train_finetune.py --eval runs/finetune/best.pt         # evaluates only
+    python train_finetune.py --eval runs/finetune/best.pt --predict clip.mp4
+
+The same command resumes. Settings, saving and the loop are those of train_pretrain.py, repeated here
+so that each script reads alone.
+"""
+import argparse
+import csv
+import functools
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import avmae
+import data
+
+# ---------------------------------------------------------------------------------------------
+# Settings. A preset overrides the defaults, a flag overrides the preset.
+
+SETTINGS = {  # name: (default, what it is)
+    "data": ("", "folder of video files; none: the built-in clips"),
+    "annotations": ("", "annotation file of the training clips; none: folder names are labels"),
+    "val_annotations": ("", "annotation file of the test clips, if it is another one"),
+    "out": ("", "folder of the run; none: runs/finetune for the demo, else runs/finetune-PRESET"),
+    "init": ((), "pretrained checkpoint; two, one for each stream, for Table 10; none: from scratch"),
+    "model": ("mbt", "mbt, encoder (the pretraining encoder, Table 14) or probe (linear, Table 18)"),
+    "encoder": ("mid", "fusion of --model encoder from scratch; else the checkpoint tells"),
+    "modalities": (("video", "audio"), "what to classify by"),
+    "task": ("single", "label a clip, many labels, epic (verb and noun), or ave (a label a second)"),
+    "size": ("base", "size of the model"),
+    "fusion_layer": (8, "first layer of MBT with bottlenecks"),
+    "bottlenecks": (4, "bottleneck tokens of MBT"),
+    "joint_layers": (2, "S of --model encoder with a mid encoder from scratch"),
+    "frames": (32, "video frames of a clip"),
+    "frame_step": (0.08, "seconds between frames; stride 2 at 25 frames/s"),
+    "image": (224, "height and width of a frame, pixels"),
+    "tubelet": ((2, 16, 16), "video patch: frames, height, width"),
+    "seconds": (8.0, "audio of a clip"),
+    "mels": (128, "mel bins"),
+    "audio_patch": ((16, 16), "audio patch: frames of 10 ms, mel bins"),
+    "views": (4, "clips of a video at test time, their logits are averaged"),
+    "per_class": (10, "built-in training clips of each class"),
+    "test_seed": (1, "of the built-in test clips"),
+    "epochs": (50, "passes over the training clips"),
+    "batch": (64, "clips a step, over all processes"),
+    "micro_batch": (0, "clips a forward pass of a process; 0: all of its share at once"),
+    "lr": (0.8, "peak learning rate for the preset's batch; scaled linearly for another"),
+    "warmup": (2.5, "epochs of linear warm-up"),
+    "momentum": (0.9, "of SGD"),
+    "layer_decay": (0.75, "learning rate of a block against that of the next"),
+    "clip_grad": (1.0, "largest norm of the gradient"),
+    "smoothing": (0.3, "label smoothing"),
+    "drop_path": (0.3, "stochastic depth of the last block"),
+    "mixup": ((0.5, 0.5, 0.5), "alpha for audio, video, both; 0: off"),
+    "time_shift": (False, "random circular shift of the spectrogram"),
+    "frequency_masks": ((1, 48), "SpecAugment: how many, up to how many bins"),
+    "time_masks": ((4, 48), "SpecAugment: how many, up to how many frames"),
+    "jitter": ((0.9, 1.33), "scale of height and width before the crop"),
+    "colour": (True, "colour jitter and grayscale"),
+    "flip": (True, "horizontal flip"),
+    "seed": (0, "of weights, order and augmentation"),
+    "log_every": (20, "steps between lines of the log"),
+    "eval_every": (5.0, "epochs between evaluations"),
+    "save_every": (1.0, "epochs between saves of last.pt"),
+    "max_bad": (0.1, "share of unreadable clips above which the run stops"),
+    "workers": (-1, "data processes of each process; -1: as many as there are CPUs to share"),
+    "device": ("", "cuda or cpu; none: cuda if there is one"),
+    "compile": (False, "torch.compile the model"),
+    "checkpoint_activations": (False, "recompute activations in the backward pass, to save memory"),
+    "classes": ("", "with an imported model: file with the names of its classes, one a line"),
+    "eval": ("", "only evaluate this checkpoint"),
+    "predict": ("", "with --eval: print the labels of this video file"),
+    "predictions": ("", "csv to write the labels of every test clip to"),
+    "dry_run": (False, "print what would be done, and end"),
+}
+PRESETS = {  # Tables 22, 23, 24; ave: the recipe of vggsound, one pass over 10 s
+    "demo": dict(size="demo", fusion_layer=2, frames=8, frame_step=0.32, image=32, tubelet=(2, 8, 8), seconds=2.56,
+                 mels=32, views=1, batch=32, jitter=(1.0, 1.0), colour=False, frequency_masks=(0, 0),
+                 time_masks=(0, 0), flip=False),
+    "vggsound": dict(size="large", fusion_layer=16),
+    "epic": dict(size="large", fusion_layer=16, task="epic", lr=1.2, mixup=(1.25, 0.5, 0.5), time_shift=True),
+    "audioset": dict(size="large", fusion_layer=18, task="many", seconds=10.0, batch=128, lr=1.6,
+                     mixup=(1.25, 0.5, 0.5), time_shift=True, frequency_masks=(2, 36)),
+    "ave": dict(task="ave", frames=32, frame_step=10 / 32, seconds=10.0, views=1),
+}
+SIZES = {k: v[0] for k, v in avmae.SIZES.items()} | {"demo": avmae.Size(96, 3, 3, 384)}
+CHOICES = {"model": ("mbt", "encoder", "probe"), "encoder": tuple(avmae.PLANS), "modalities": avmae.MODALITIES,
+           "task": ("single", "many", "epic", "ave"), "size": tuple(SIZES)}
+FREE = {"out", "init", "data", "annotations", "val_annotations", "micro_batch", "log_every", "eval_every", "save_every",
+        "max_bad", "workers", "device", "compile", "checkpoint_activations", "classes", "eval", "predict", "predictions"}
+
+
+def parse(argv=None):
+    """The settings of a command line, a namespace."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="demo", choices=PRESETS, help="the recipe of a data set")
+    for name, (default, text) in SETTINGS.items():
+        kind = {"type": type(default)}
+        if isinstance(default, tuple):
+            kind = {"nargs": len(default), "type": type(default[0]) if default else str}
+        if name in ("modalities", "init"):
+            kind["nargs"] = "+"
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, choices=CHOICES.get(name), **kind)
+    known, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[known.preset])
+    if known.eval:  # as it was trained
+        parser.set_defaults(**avmae.read(known.eval).get("settings", {}))
+    args = parser.parse_args(argv)
+    args.out = args.out or ("runs/finetune" if args.preset == "demo" else f"runs/finetune-{args.preset}")
+    return args
+
+
+def learning_rate(step, peak, warmup, steps):
+    """Linear warm-up, then cosine to 0; the first step has 0."""
+    decay = 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup) / max(1, steps - int(warmup))))
+    return peak * min(1.0, step / warmup if warmup else 1.0) * decay
+
+
+# ---------------------------------------------------------------------------------------------
+# The recipe: layer-wise decay, mixup, losses, metrics
+
+
+def layer_scales(model, decay):
+    """{parameter: multiplier of the learning rate}: decay^(L-i) for block i, decay^(L+1) for what
+    comes before the blocks, 1 for what comes after; a norm between stages goes with the block
+    before it."""
+    layers = model.config.size.layers
+    scales = dict.fromkeys(model.parameters(), 1.0)
+    scales.update(dict.fromkeys(model.embed.parameters(), decay ** (layers + 1)))
+    for m in model.config.modalities:
+        path = model.trunk.path(m)
+        for i, block in enumerate(path):
+            scales.update(dict.fromkeys(block.parameters(), decay ** (layers - i)))
+        if isinstance(model.trunk, avmae.Fusion):
+            for stack in model.trunk.stacks(m)[:-1]:
+                scales.update(dict.fromkeys(stack.norm.parameters(), scales[next(stack.blocks[-1].parameters())]))
+    return scales
+
+
+def optimizer_of(model, args):
+    """SGD with momentum, one group for each multiplier of `layer_scales`; no weight decay."""
+    groups = {}
+    for p, scale in layer_scales(model, args.layer_decay).items():
+        if p.requires_grad:
+            groups.setdefault(scale, []).append(p)
+    return torch.optim.SGD([{"params": p, "scale": s} for s, p in groups.items()], lr=0.0, momentum=args.momentum, fused=True)
+
+
+def targets_of(task, label, classes):
+    """Labels (B, K), padded with -1 -> what the logits should be: (B, C), for ave (B, 10, C)."""
+    if task == "epic":  # the heads side by side
+        return torch.cat([F.one_hot(label[:, i], c) for i, c in enumerate(classes)], dim=1).float()
+    if task == "ave":
+        return F.one_hot(label, classes[0]).float()
+    target = torch.zeros(len(label), classes[0] + 1, device=label.device)
+    return target.scatter(1, label.remainder(classes[0] + 1), 1.0)[:, :-1]  # padding falls off the end
+
+
+def mixup(inputs, labels, lam):
+    """Mixes a batch with its reverse: inputs {m: (B, ...)}, labels (B, ...), lam {m: weight} ->
+    mixed inputs and {m: labels}; each modality has its own weight."""
+    def mix(x, weight):
+        return weight * x + (1 - weight) * x.flip(0)
+
+    return {m: mix(x, lam[m]) for m, x in inputs.items()}, {m: mix(labels, lam[m]) for m in inputs}
+
+
+def classification_loss(logits, labels, kind, smoothing=0.0, heads=None):
+    """Mean over modalities of the softmax or sigmoid cross-entropy with smoothed labels.
+
+    logits and labels {m: (B, C)} or {m: (B, S, C)}; sigmoid sums over classes; heads: sizes of
+    several softmaxes side by side, whose mean is taken.
+    """
+    losses = []
+    for m, x in logits.items():
+        heads = heads or (x.shape[-1],)
+        for part, target in zip(x.float().split(heads, -1) if x.dtype != torch.float64 else x.split(heads, -1),
+                                labels[m].split(heads, -1)):
+            target = target * (1 - smoothing) + smoothing / target.shape[-1]
+            if kind == "softmax":
+                losses.append(-(target * part.log_softmax(-1)).sum(-1).mean())
+            else:
+                losses.append(F.binary_cross_entropy_with_logits(part, target, reduction="none").sum(-1).mean())
+    return torch.stack(losses).mean()
+
+
+def average_precision(scores, positive):
+    """Area under precision over recall, (N,) and (N,) bool; equal scores are one threshold."""
+    scores, order = scores.sort(descending=True)
+    hits = positive[order].double().cumsum(0)
+    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of each threshold
+    precision, recall = (hits / torch.arange(1, len(hits) + 1))[last], (hits / hits[-1])[last]
+    return (recall.diff(prepend=recall.new_zeros(1)) * precision).sum().item()
+
+
+def roc_auc(scores, positive):
+    """Chance that a positive scores above a negative; half for equal scores. (N,), (N,) bool."""
+    _, rank, counts = scores.unique(return_inverse=True, return_counts=True)
+    middle = counts.cumsum(0) - (counts - 1) / 2  # mean rank of equal scores, from 1
+    p = positive.sum().item()
+    return ((middle[rank][positive].double().sum() - p * (p + 1) / 2) / (p * (len(scores) - p))).item()
+
+
+def metrics_of(task, logits, labels, classes):
+    """Metrics of all test clips, the main one first. logits (N, C) or (N, 10, C), labels (N, K)."""
+    def hit(x, label, k=1):
+        return (x.topk(min(k, x.shape[-1]), -1).indices == label[..., None]).any(-1)
+
+    if task == "many":
+        target = targets_of(task, labels, classes).bool()
+        usable = [c for c in range(classes[0]) if 0 < target[:, c].sum() < len(target)]
+        ap = [average_precision(logits[:, c], target[:, c]) for c in range(classes[0]) if target[:, c].any()]
+        auc = sum(roc_auc(logits[:, c], target[:, c]) for c in usable) / max(1, len(usable))
+        d_prime = math.sqrt(2) * torch.special.ndtri(torch.tensor(auc, dtype=torch.float64)).item()
+        return {"mAP": sum(ap) / max(1, len(ap)), "AUC": auc, "d-prime": d_prime}
+    if task == "epic":
+        verb, noun = (hit(x, labels[:, i]) for i, x in enumerate(logits.split(classes, -1)))
+        return {name: x.double().mean().item() for name, x in (("action", verb & noun), ("verb", verb), ("noun", noun))}
+    if task == "ave":
+        return {"segment accuracy": hit(logits, labels).double().mean().item()}
+    return {f"top-{k}": hit(logits, labels[:, 0], k).double().mean().item() for k in (1, 5)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def to_device(batch, device):
+    """Clips of a batch on the device; bytes stay bytes."""
+    return {m: batch[m].to(device, non_blocking=True) for m in avmae.MODALITIES if m in batch}
+
+
+@torch.no_grad()
+def predict(model, inputs, views):
+    """Mean logits over modalities and views: {m: (B, views, ...)} or, with one view, {m: (B, ...)}."""
+    if views > 1:
+        inputs = {m: x.flatten(0, 1) for m, x in inputs.items()}
+    logits = torch.stack(list(model(inputs).values())).float().mean(0)
+    return logits.unflatten(0, (-1, views)).mean(1) if views > 1 else logits
+
+
+def evaluate(model, loader, args, device, autocast):
+    """All readable test clips, in order, on every process: index (N,), logits, labels, unreadable."""
+    model.eval()
+    rows, bad = [], []
+    for batch in loader:
+        bad += batch["bad"]
+        if len(batch["index"]):
+            with autocast():
+                rows.append((batch["index"], predict(model, to_device(batch, device), args.views).cpu(), batch["label"]))
+    model.train()
+    gathered = [(rows, bad)]
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (rows, bad))
+    rows, bad = sum((r for r, _ in gathered), []), sum((b for _, b in gathered), [])
+    if not rows:
+        raise data.UserError("none of the test clips can be read")
+    index, logits, labels = (torch.cat(x) for x in zip(*rows))
+    order = index.argsort()
+    return index[order], logits[order], labels[order], bad
+
+
+def names_and_scores(logits, task, classes, names, top=5):
+    """The labels of one clip, best first: [(name, score)] of each head; for ave, of each second."""
+    scores = logits.sigmoid() if task == "many" else None
+    heads = logits.split(classes, -1) if logits.ndim == 1 else logits  # (C_h,) of each head, or (10, C)
+    tops = []
+    for head, labels in zip(heads, names if task == "epic" else [names] * len(heads)):
+        best = (head.softmax(-1) if scores is None else scores).topk(min(top, head.shape[-1]))
+        tops.append([(labels[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist())])
+    return tops
+
+
+def save(path, **parts):
+    """Writes a checkpoint beside `path` and moves it there: it is whole or not there at all."""
+    partial = f"{path}.partial"
+    try:
+        torch.save(parts, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # a full disk
+        pathlib.Path(partial).unlink(missing_ok=True)
+        print(f"could not save {path}: {error}; what was saved before is still there", file=sys.stderr)
+
+
+def same_settings(old, new):
+    """Raises if a run in `out` was made with other settings."""
+    differ = [f"{k} is {old.get(k)!r} there and {v!r} here" for k, v in new.items() if k not in FREE and old.get(k) != v]
+    if differ:
+        raise data.UserError(f"{new['out']} holds a run with other settings: {'; '.join(differ[:3])}. "
+                             "Choose another folder with --out")
+
+
+def one_sentence(kind, error, trace):
+    """Mistakes of the user end in a sentence, others in a traceback."""
+    if issubclass(kind, (ValueError, data.UserError)):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if __name__ == "__main__":
+    sys.excepthook = one_sentence
+    args = parse()
+
+    # -----------------------------------------------------------------------------------------
+    # Processes: one per GPU (torchrun sets the environment), or this one
+
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    local = args.batch // world  # clips a process takes of a batch
+    micro = args.micro_batch or local
+    if not (args.eval or args.predict) and (args.batch % world or local % micro):
+        raise data.UserError(f"a batch of {args.batch} is not divided by {world} processes x {micro} clips "
+                             "a forward pass: change --batch or --micro-batch")
+    native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16) if native_bf16 else nullcontext
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = print if rank == 0 else lambda *_, **__: None
+
+    # -----------------------------------------------------------------------------------------
+    # Data
+
+    modalities = tuple(m for m in avmae.MODALITIES if m in args.modalities)
+    window = data.Window(frames=args.frames, step=args.frame_step, size=args.image, seconds=args.seconds, mels=args.mels)
+    augment = data.Augment(flip=args.flip, jitter=args.jitter, colour=args.colour, time_shift=args.time_shift,
+                           frequency_masks=args.frequency_masks, time_masks=args.time_masks)
+    if args.predict:
+        train, test, names = None, data.Clips(data.single_clip(args.predict), window, modalities, views=args.views), None
+    elif args.data:
+        labelled = data.labelled_clips(args.data, args.annotations, args.val_annotations)
+        train = data.Clips(labelled["train"], window, modalities, augment, args.seed)
+        test = data.Clips(labelled["test"], window, modalities, views=args.views)
+        names = labelled["train"].classes
+    else:
+        train = data.Builtin(16 * args.per_class, window, args.seed, modalities)
+        test = data.Builtin(1024, window, 2_000_000 + args.test_seed, modalities)
+        names = train.classes
+    cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = args.workers if args.workers >= 0 else (max(1, cpus - 1) if args.data else 0)
+    load = functools.partial(DataLoader, collate_fn=data.collate, num_workers=workers,
+                             pin_memory=device.type == "cuda")
+    mine = [(0, i) for i in range(rank, len(test), world)]
+    group = max(1, micro // args.views)
+    test_loader = load(test, batch_sampler=[mine[k:k + group] for k in range(0, len(mine), group)])
+
+    # -----------------------------------------------------------------------------------------
+    # Model: from a finetuned checkpoint, from pretrained ones, or from scratch
+
+    torch.manual_seed(args.seed)
+    out = pathlib.Path(args.out)
+    last, best = out / "last.pt", out / "best.pt"
+    classes = (97, 300) if args.task == "epic" else (len(names or ()),)
+    if args.eval:
+        saved = avmae.read(args.eval)
+        model = avmae.load(args.eval)
+        names = saved.get("names") or names
+        if sum(model.config.classes) != sum(classes) and not args.predict:
+            raise data.UserError(f"{args.eval} tells {sum(model.config.classes)} classes apart, these clips have {sum(classes)}")
+        classes = model.config.classes
+    else:
+        sources = [avmae.load(path, encoder="shared") for path in args.init]
+        trunk = "mbt" if args.model == "mbt" else sources[0].config.encoder if sources else args.encoder
+        config = avmae.ClassifierConfig(
+            modalities=modalities, size=SIZES[args.size], trunk=trunk, fusion_layer=args.fusion_layer,
+            bottlenecks=args.bottlenecks, classes=classes, segments=10 if args.task == "ave" else 1,
+            joint_layers=sources[0].config.joint_layers if sources else args.joint_layers,
+            shape={"video": (args.frames, args.image, args.image), "audio": (round(args.seconds * 100), args.mels)},
+            patch={"video": tuple(args.tubelet), "audio": tuple(args.audio_patch)},
+            norm=sources[0].config.norm if sources else avmae.Inputs().norm,
+            modality_tokens=trunk != "mbt" and any(s.config.modality_tokens for s in sources))
+        model = avmae.Classifier(config)
+        for source, path in zip(sources, args.init):
+            taken, fresh = avmae.transfer(source, model, source.config.modalities if len(sources) > 1 else None)
+            say(f"from {path}: {', '.join(taken)}")
+            say(f"fresh: {', '.join(fresh)}")
+    model.to(device)
+    if args.model == "probe":
+        model.embed.requires_grad_(False)
+        model.trunk.requires_grad_(False)
+    if args.dry_run:
+        with torch.device("meta"):
+            clip = {m: torch.zeros(1, *model.config.shape[m], *([3] if m == "video" else [])) for m in modalities}
+            counter = FlopCounterMode(display=False)
+            with counter:
+                sum(x.sum() for x in avmae.Classifier(model.config)(clip).values()).backward()
+        say(json.dumps(vars(args), indent=1))
+        say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{counter.get_total_flops() / 1e9:.2f} GFLOP a clip, forward and backward")
+        sys.exit()
+
+    def test_now(source):
+        """Evaluates, prints the results, and writes them to results.json with what they are of."""
+        index, logits, labels, bad = evaluate(model, test_loader, args, device, autocast)
+        metrics = metrics_of(args.task, logits, labels, classes)
+        for name, reason in dict(bad).items():
+            say(f"unreadable, left out: {name}: {reason}")
+        say(", ".join(f"{k} {v:.4f}" for k, v in metrics.items()) + f" of {len(index)} clips, {len(dict(bad))} unreadable")
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            about = {"metrics": metrics, "clips": len(index), "unreadable": len(dict(bad)), "checkpoint": str(source)}
+            (out / "results.json").write_text(json.dumps(about | {"settings": vars(args)}, indent=1))
+        if rank == 0 and args.predictions:
+            with open(args.predictions, "w", newline="") as file:
+                for i, x in zip(index.tolist(), logits):
+                    tops = names_and_scores(x, args.task, classes, names)
+                    csv.writer(file).writerow([test.name(i), *(cell for top in tops for pair in top for cell in pair)])
+        return metrics
+
+    if args.predict:
+        clip = test[0, 0]
+        if clip["bad"] and len(modalities) == 2:
+            say(f"{args.predict}: {clip['bad'][0][1]}; trying the picture alone")
+            clip = data.Clips(test.index, window, ("video",), views=args.views)[0, 0]
+        elif "audio" in clip and (clip["audio"] <= math.log(2 * data.MEL_OFFSET)).all() and len(modalities) == 2:
+            say(f"{args.predict}: silent; the picture alone is used")
+            del clip["audio"]
+        if clip["bad"]:
+            raise data.UserError(f"{args.predict}: {clip['bad'][0][1]}")
+        with torch.no_grad(), autocast():
+            logits = predict(model.eval(), to_device(data.collate([clip]), device), args.views)[0].cpu()
+        for top in names_and_scores(logits, args.task, classes, names):
+            say("  ".join(f"{name} {score:.3f}" for name, score in top))
+        sys.exit()
+    if args.eval:
+        test_now(args.eval)
+        sys.exit()
+
+    # -----------------------------------------------------------------------------------------
+    # Schedule, and where we are
+
+    optimizer = optimizer_of(model, args)
+    steps_per_epoch = max(1, len(train) // args.batch)
+    steps, warmup = args.epochs * steps_per_epoch, args.warmup * steps_per_epoch
+    peak = args.lr * args.batch / (PRESETS[args.preset].get("batch") or SETTINGS["batch"][0])
+    alpha = args.mixup[("audio",) == modalities and 0 or ("video",) == modalities and 1 or 2]
+    drop = 0.0 if args.model == "probe" else args.drop_path
+    start, best_metric = 0, -1.0
+    if last.exists():
+        saved = avmae.read(last)
+        same_settings(saved["settings"], vars(args))
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start, best_metric = saved["step"], saved["best"]
+        say(f"resuming {last} at step {start} of {steps}")
+    if args.checkpoint_activations:
+        for block in model.modules():
+            if isinstance(block, avmae.Block):
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    net = torch.compile(model, fullgraph=True) if args.compile else model
+    if world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device.index] if device.index is not None else None)
+    log = out / "log.jsonl"
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        say(json.dumps(vars(args)))
+    stop = []
+    for name in signal.SIGTERM, signal.SIGINT:
+        signal.signal(name, lambda number, _: stop.append(number))
+
+    def crossed(step, epochs):
+        """Whether a multiple of so many epochs lies in the log interval that ends at `step`."""
+        every = max(1, round(epochs * steps_per_epoch))
+        return epochs > 0 and (step // every > max(0, step - args.log_every) // every or step == steps)
+
+    def rows_of(tensors, first, count):
+        """Rows of a process's micro-batch of what was drawn for the global batch."""
+        at = rank * local + first
+        return {m: x[:, :, at:at + count].to(device, non_blocking=True) for m, x in tensors.items()}
+
+    # -----------------------------------------------------------------------------------------
+    # The loop
+
+    loader = iter(load(train, batch_sampler=data.Batches(len(train), args.batch, args.seed, start, steps, rank, world)))
+    bar = tqdm(total=steps, initial=start, disable=None if rank == 0 else True)
+    history, named, drawn, unreadable, streak = [], set(), 0, 0, 0
+    waited, since = 0.0, time.monotonic()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for step in range(start, steps):
+        asked = time.monotonic()
+        batch = next(loader)
+        waited += time.monotonic() - asked
+        drawn, unreadable = drawn + local, unreadable + len(batch["bad"])
+        for name, reason in dict(batch["bad"]).items():
+            if name not in named:
+                named.add(name)
+                bar.write(f"unreadable, replaced: {name}: {reason}")
+
+        inputs = to_device(batch, device)
+        target = targets_of(args.task, batch["label"].to(device), classes)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        keep = avmae.draw_keep(drop, model.config.size.layers, modalities, args.batch, generator) if drop else None
+        total = 0
+        for k in range(0, local, micro):
+            part = {m: x[k:k + micro] for m, x in inputs.items()}
+            labels = {m: target[k:k + micro] for m in part}
+            if alpha:
+                draw = np.random.default_rng([args.seed, step, (rank * local + k) // micro])
+                part = {m: x * (2 / 255) - 1 if x.dtype == torch.uint8 else x for m, x in part.items()}
+                part, labels = mixup(part, labels[modalities[0]], {m: draw.beta(alpha, alpha) for m in modalities})
+            with net.no_sync() if world > 1 and k + micro < local else nullcontext():
+                with autocast():
+                    logits = net(part, rows_of(keep, k, micro) if keep else None)
+                loss = classification_loss(logits, labels, "sigmoid" if args.task == "many" else "softmax",
+                                           args.smoothing, classes if args.task == "epic" else None)
+                (loss * (micro / local)).backward()
+            total = total + loss.detach() * (micro / local)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+        optimizer.found_inf = (~norm.isfinite()).float()  # the fused step is not taken then, without a sync
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(step, peak, warmup, steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        history.append((step, torch.stack([total, norm]), batch["index"]))
+        bar.update()
+        done = step + 1
+        if done % args.log_every and done < steps:
+            continue
+
+        values = torch.stack([v for _, v, _ in history]).double()
+        for (at, _, index), (_, gradient) in zip(history, values.tolist()):
+            streak = 0 if math.isfinite(gradient) else streak + 1
+            if streak:
+                bar.write(f"step {at} is not finite and was not applied; its clips: "
+                          + ", ".join(train.name(i) for i in index.tolist()))
+        finite = values[values[:, -1].isfinite()]
+        mean = finite.mean(0) if len(finite) else values[0]
+        shared = torch.stack([mean[0], *torch.tensor([bool(stop), waited, drawn, unreadable]).to(mean)])
+        if world > 1:
+            dist.all_reduce(shared)
+        mean_loss, stopped, waited, all_drawn, all_unreadable = shared.tolist()
+        seconds = time.monotonic() - since
+        line = {"step": done, "epoch": done / steps_per_epoch, "loss": mean_loss / world,
+                "lr": learning_rate(step, peak, warmup, steps), "grad_norm": mean[1].item(),
+                "clips_per_s": len(history) * args.batch / seconds, "waiting": waited / world / seconds,
+                "seconds_left": seconds / len(history) * (steps - done), "unreadable": int(all_unreadable)}
+        if rank == 0:
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            bar.write(" ".join(f"{k} {v:.4g}" for k, v in line.items()))
+        if streak >= 3:
+            raise data.UserError(f"{streak} steps in a row were not finite: {last} holds the state before them; lower --lr")
+        if all_drawn >= min(len(train), 1000) and all_unreadable > args.max_bad * (all_drawn + all_unreadable):
+            raise data.UserError(f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be read, more "
+                                 f"than --max-bad {args.max_bad:g}: run python data.py check on the folder")
+        tested = crossed(done, args.eval_every)
+        metrics = test_now(last) if tested else {}
+        better = tested and next(iter(metrics.values())) > best_metric
+        best_metric = next(iter(metrics.values())) if better else best_metric
+        if rank == 0 and (stopped or tested or crossed(done, args.save_every)):
+            state = dict(config=avmae.describe(model.config), model=model.state_dict(), names=names,
+                         settings=vars(args), step=done, best=best_metric, metrics=metrics)
+            save(last, **state, optimizer=optimizer.state_dict())
+            if better:
+                save(best, **state)
+        if stopped:
+            say(f"stopped at step {done} of {steps}; the same command continues")
+            sys.exit(0 if done == steps else 1)
+        history, waited, since = [], 0.0, time.monotonic()
+    bar.close()
+    if start == steps:
+        test_now(last)
+    say(f"checkpoints {last} and {best}, results {out / 'results.json'}")
+    if world > 1:
+        dist.destroy_process_group()
