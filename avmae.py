@@ -498,12 +498,11 @@ class AVMAE(nn.Module):
     def encode(self, patches, visible=None):
         """patches {m: (B, N, P)}, visible {m: (B, V)} or None for all -> latent {m: (B, V, D)}."""
         tokens = {}
-        for m, embed in self.embed.items():
-            position = sinusoid(patches[m].shape[1], self.config.size.width, patches[m].device)
-            if visible is None:
-                tokens[m] = embed(patches[m], position)
-            else:
-                tokens[m] = embed(take(patches[m], visible[m]), position[visible[m]])
+        for m, x in patches.items():
+            position = sinusoid(x.shape[1], self.config.size.width, x.device)
+            if visible is not None:
+                x, position = take(x, visible[m]), position[visible[m]]
+            tokens[m] = self.embed[m](x, position)
         return self.encoder(tokens)
 
     def places(self, target, context, visible, masked):
@@ -543,8 +542,10 @@ class AVMAE(nn.Module):
         return standardise(goal) if self.config.standardise else goal
 
     def features(self, inputs, pool=True):
-        """Features of unmasked clips: {m: (B, D)}, or {m: (B, N, D)} tokens without pooling."""
-        latent = self.encode({m: self.embed[m].patchify(inputs[m]) for m in self.embed})
+        """Features of unmasked clips, for each modality of the inputs: {m: (B, D)}, or its tokens
+        {m: (B, N, D)} without pooling."""
+        given = [m for m in self.embed if m in inputs]
+        latent = self.encode({m: self.embed[m].patchify(inputs[m]) for m in given})
         return {m: x.mean(1) for m, x in latent.items()} if pool else latent
 
 
@@ -631,11 +632,10 @@ class Classifier(nn.Module):
         """{m: (B, D)} for each modality of the inputs ((B, segments, D) if the model has segments),
         or its tokens {m: (B, N, D)} without pooling."""
         tokens = {}
-        for m, embed in self.embed.items():
-            patches = embed.patchify(inputs[m])
-            tokens[m] = embed(
-                patches, sinusoid(patches.shape[1], self.config.size.width, patches.device)
-            )
+        for m in (m for m in self.embed if m in inputs):
+            patches = self.embed[m].patchify(inputs[m])
+            position = sinusoid(patches.shape[1], self.config.size.width, patches.device)
+            tokens[m] = self.embed[m](patches, position)
         tokens = self.trunk(tokens, keep)
         return (
             {m: self.pool(m, x, inputs[m].shape[1]) for m, x in tokens.items()} if pool else tokens
@@ -1063,7 +1063,7 @@ def _vit_embeddings(state, kernel):
     layers = 1 + max(int(re.search(r"blocks\.(\d+)", n)[1]) for n in state if "blocks" in n)
     known = [s.heads for s, _ in SIZES.values() if s.width == width]  # parameters don't tell heads
     mlp = len(state["encoder.stages.0.all.blocks.0.mlp.0.bias"])
-    size = Size(width, layers, known[0] if known else width // 64, mlp)
+    size = Size(width, layers, known[0] if known else max(1, width // 64), mlp)
     if kernel.ndim == 4:  # an image: at the central frame of the tubelet
         frames = torch.zeros(width, channels, 2, *patch)
         frames[:, :, 1] = kernel

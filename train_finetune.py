@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -90,6 +91,7 @@ SETTINGS = {  # name: (default, what it is)
     "eval": ("", "only evaluate this checkpoint"),
     "predict": ("", "with --eval: print the labels of this video file"),
     "predictions": ("", "csv to write the labels of every test clip to"),
+    "embed": ("", "npz to write the features of all clips of --data to, by the model --eval"),
     "dry_run": (False, "print what would be done, and end"),
 }
 PRESETS = {  # Tables 22, 23, 24; ave: the recipe of vggsound, one pass over 10 s
@@ -106,7 +108,7 @@ SIZES = {k: v[0] for k, v in avmae.SIZES.items()} | {"demo": avmae.Size(96, 3, 3
 CHOICES = {"model": ("mbt", "encoder", "probe"), "encoder": tuple(avmae.PLANS), "modalities": avmae.MODALITIES,
            "task": ("single", "many", "epic", "ave"), "size": tuple(SIZES)}
 FREE = {"out", "init", "data", "annotations", "val_annotations", "micro_batch", "log_every", "eval_every", "save_every",
-        "max_bad", "workers", "device", "compile", "checkpoint_activations", "classes", "eval", "predict", "predictions"}
+        "max_bad", "workers", "device", "compile", "checkpoint_activations", "classes", "eval", "predict", "predictions", "embed"}
 
 
 def parse(argv=None):
@@ -282,6 +284,42 @@ def evaluate(model, loader, args, device, autocast):
     return index[order], logits[order], labels[order], bad
 
 
+@torch.no_grad()
+def embed(model, clips, load, path, device, autocast, rank, world):
+    """Writes an npz: names (N,), and for each modality its pooled features (N, D).
+
+    Done in parts of 64 clips that are kept until all are there: a second run makes what is missing.
+    """
+    parts = pathlib.Path(f"{path}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    count = math.ceil(len(clips) / 64)
+    for k in tqdm(range(rank, count, world), disable=None if rank == 0 else True):
+        if (parts / f"{k}.npz").exists():
+            continue
+        keys = [(0, i) for i in range(64 * k, min(64 * (k + 1), len(clips)))]
+        rows = {"names": []}
+        for batch in load(clips, batch_sampler=[keys[j:j + 8] for j in range(0, len(keys), 8)]):
+            for name, reason in batch["bad"]:
+                tqdm.write(f"unreadable, left out: {name}: {reason}")
+            if len(batch["index"]):
+                rows["names"] += [clips.name(i) for i in batch["index"].tolist()]
+                with autocast():
+                    features = model.features(to_device(batch, device))
+                for m, x in features.items():
+                    rows.setdefault(m, []).extend(x.float().cpu().numpy())
+        np.savez(parts / f"{k}.partial.npz", **rows)
+        os.replace(parts / f"{k}.partial.npz", parts / f"{k}.npz")
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        files = [np.load(parts / f"{k}.npz") for k in range(count)]
+        files = [f for f in files if len(f["names"])]
+        if not files:
+            raise data.UserError("none of the clips can be read")
+        np.savez(path, **{key: np.concatenate([f[key] for f in files]) for key in files[0].files})
+        shutil.rmtree(parts)
+
+
 def names_and_scores(logits, task, classes, names, top=5):
     """The labels of one clip, best first: [(name, score)] of each head; for ave, of each second."""
     scores = logits.sigmoid() if task == "many" else None
@@ -351,8 +389,9 @@ if __name__ == "__main__":
     window = data.Window(frames=args.frames, step=args.frame_step, size=args.image, seconds=args.seconds, mels=args.mels)
     augment = data.Augment(flip=args.flip, jitter=args.jitter, colour=args.colour, time_shift=args.time_shift,
                            frequency_masks=args.frequency_masks, time_masks=args.time_masks)
-    if args.predict:
-        train, test, names = None, data.Clips(data.single_clip(args.predict), window, modalities, views=args.views), None
+    if args.predict or args.embed:
+        clips = data.single_clip(args.predict) if args.predict else data.find_clips(args.data)
+        train, test, names = None, data.Clips(clips, window, modalities, views=args.views if args.predict else 1), None
     elif args.data:
         labelled = data.labelled_clips(args.data, args.annotations, args.val_annotations)
         train = data.Clips(labelled["train"], window, modalities, augment, args.seed)
@@ -380,6 +419,12 @@ if __name__ == "__main__":
     if args.eval:
         saved = avmae.read(args.eval)
         model = avmae.load(args.eval)
+        if args.embed:
+            embed(model.to(device), test, load, args.embed, device, autocast, rank, world)
+            say(f"wrote {args.embed}")
+            sys.exit()
+        if not isinstance(model, avmae.Classifier):
+            raise data.UserError(f"{args.eval} is a pretrained model, which knows no labels: finetune it with --init")
         names = saved.get("names") or names
         if sum(model.config.classes) != sum(classes) and not args.predict:
             raise data.UserError(f"{args.eval} tells {sum(model.config.classes)} classes apart, these clips have {sum(classes)}")
