@@ -50,19 +50,14 @@ SIZES = {  # name: (encoder, its decoder). Base and large: Table 21; the others 
 # separate: own weights, own pass. shared: same weights, own pass. joint: same weights, one pass over
 # the concatenated modalities.
 PLANS = {
-    "early": lambda L, S: [("joint", L)],
-    "separate": lambda L, S: [("separate", L)],
-    "shared": lambda L, S: [("shared", L)],
-    "mid": lambda L, S: [("separate", L - S), ("joint", S)],
-}
+    "early": lambda L, S: [("joint", L)], "separate": lambda L, S: [("separate", L)],
+    "shared": lambda L, S: [("shared", L)], "mid": lambda L, S: [("separate", L - S), ("joint", S)]}
 # Objectives (Fig. 3, Sec. 3.4) as decoder passes {target: whose visible tokens it is decoded from}.
 CONTEXT = {
-    "joint": [{"video": "video", "audio": "audio"}],
-    "video_from_audio": [{"video": "audio"}],
+    "joint": [{"video": "video", "audio": "audio"}], "video_from_audio": [{"video": "audio"}],
     "audio_from_video": [{"audio": "video"}],
     "inpaint_both": [{"video": "audio", "audio": "video"}],
-    "joint_inpaint": [{"video": "video", "audio": "audio"}, {"video": "audio", "audio": "video"}],
-}
+    "joint_inpaint": [{"video": "video", "audio": "audio"}, {"video": "audio", "audio": "video"}]}
 
 
 def _known(name, choices, what):
@@ -97,8 +92,7 @@ class Inputs:
         if not self.modalities or self.size.width % self.size.heads:
             raise ValueError(
                 "a model needs a modality, and heads that divide its width: "
-                f"{self.modalities}, {self.size}"
-            )
+                f"{self.modalities}, {self.size}")
         ordered = tuple(m for m in MODALITIES if m in self.modalities)
         object.__setattr__(self, "modalities", ordered)
 
@@ -124,20 +118,16 @@ class PretrainConfig(Inputs):
         super().__post_init__()
         _known(self.objective, CONTEXT, "objective")
         for fusion, layers in (
-            (self.encoder, self.size.layers),
-            (self.decoder, self.decoder_size.layers),
-        ):
+            (self.encoder, self.size.layers), (self.decoder, self.decoder_size.layers)):
             _known(fusion, PLANS, "fusion strategy")
             if fusion == "mid" and not 0 < self.joint_layers < layers:
                 raise ValueError(
-                    f"mid fusion needs 0 < S < {layers} layers, not S = {self.joint_layers}"
-                )
+                    f"mid fusion needs 0 < S < {layers} layers, not S = {self.joint_layers}")
         both = len(self.modalities) == 2
         if both and self.encoder == self.decoder == "separate" and not self.allow_uncoupled:
             raise ValueError(
                 "a separate encoder with a separate decoder is two uncoupled autoencoders "
-                "(Sec. 3.3): choose another decoder, or allow it with --allow-uncoupled"
-            )
+                "(Sec. 3.3): choose another decoder, or allow it with --allow-uncoupled")
         if self.objective != "joint":
             self._check_inpainting(both)
         for modality in self.modalities:
@@ -145,26 +135,22 @@ class PretrainConfig(Inputs):
             if not 0 < masked < tokens:
                 raise ValueError(
                     f"mask ratio {self.mask[modality]} of {tokens} {modality} tokens masks "
-                    f"{masked}: some must be masked and some visible"
-                )
+                    f"{masked}: some must be masked and some visible")
 
     def _check_inpainting(self, both):
         if not both:
             raise ValueError(
-                f"objective {self.objective} predicts one modality from the other and needs both"
-            )
+                f"objective {self.objective} predicts one modality from the other and needs both")
         if self.encoder in ("separate", "shared"):
             raise ValueError(
                 f"inpainting needs early or mid fusion: with a {self.encoder} encoder the tokens of "
-                "one modality know nothing of the other, which they must predict (Sec. 3.4)"
-            )
+                "one modality know nothing of the other, which they must predict (Sec. 3.4)")
         for target, context in CONTEXT[self.objective][-1].items():
             visible = self.tokens(context) - self.masked(context)
             if visible >= self.tokens(target):
                 raise ValueError(
                     f"inpainting puts the {visible} visible {context} tokens in front of the "
-                    f"{target} sequence, which has only {self.tokens(target)}: mask more {context}"
-                )
+                    f"{target} sequence, which has only {self.tokens(target)}: mask more {context}")
 
     def masked(self, modality):
         """M, the number of masked tokens of a modality (Sec. 3.1)."""
@@ -174,8 +160,7 @@ class PretrainConfig(Inputs):
     def passes(self):
         """The decoder passes of the objective, with the modalities that there are."""
         return [
-            {t: c for t, c in p.items() if t in self.modalities} for p in CONTEXT[self.objective]
-        ]
+            {t: c for t, c in p.items() if t in self.modalities} for p in CONTEXT[self.objective]]
 
 
 @dataclass(frozen=True)
@@ -217,8 +202,7 @@ def grid(shape, patch, modality):
         axes = {"video": "frames x height x width", "audio": "frames x mel bins"}[modality]
         raise ValueError(
             f"{modality} of {'x'.join(map(str, shape))} ({axes}) is not divided by "
-            f"patches of {'x'.join(map(str, patch))}"
-        )
+            f"patches of {'x'.join(map(str, patch))}")
     return tuple(s // p for s, p in zip(shape, patch))
 
 
@@ -227,10 +211,8 @@ def patchify(x, modality, patch):
     axes = grid(x.shape[1:4] if modality == "video" else x.shape[1:], patch, modality)
     x = x[:, : axes[0] * patch[0]]
     return rearrange(
-        x,
-        PATTERN[modality],
-        **dict(zip(("dt", "dh", "dw") if modality == "video" else ("dt", "df"), patch)),
-    )
+        x, PATTERN[modality],
+        **dict(zip(("dt", "dh", "dw") if modality == "video" else ("dt", "df"), patch)))
 
 
 def unpatchify(patches, modality, patch, shape):
@@ -238,8 +220,7 @@ def unpatchify(patches, modality, patch, shape):
     left, right = PATTERN[modality].split(" -> ")
     names = ("t", "h", "w", "dt", "dh", "dw") if modality == "video" else ("t", "f", "dt", "df")
     return rearrange(
-        patches, f"{right} -> {left}", **dict(zip(names, (*grid(shape, patch, modality), *patch)))
-    )
+        patches, f"{right} -> {left}", **dict(zip(names, (*grid(shape, patch, modality), *patch))))
 
 
 def sinusoid(count, width, device=None):
@@ -268,8 +249,7 @@ def draw_masks(counts, masked, batch, generator=None):
     order = {m: torch.rand(batch, n, generator=generator).argsort(-1) for m, n in counts.items()}
     return (
         {m: o[:, masked[m] :] for m, o in order.items()},
-        {m: o[:, : masked[m]] for m, o in order.items()},
-    )
+        {m: o[:, : masked[m]] for m, o in order.items()})
 
 
 class Embed(nn.Module):
@@ -278,18 +258,14 @@ class Embed(nn.Module):
     def __init__(self, modality, config):
         super().__init__()
         self.modality, self.patch, self.norm = (
-            modality,
-            config.patch[modality],
-            config.norm[modality],
-        )
+            modality, config.patch[modality], config.norm[modality])
         numbers = math.prod(self.patch) * (3 if modality == "video" else 1)
         self.linear = nn.Linear(numbers, config.size.width)
         std = numbers**-0.5 / 0.87962566103423978  # a normal cut at 2 std has that std
         nn.init.trunc_normal_(self.linear.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.linear.bias)
         self.token = (
-            nn.Parameter(torch.zeros(config.size.width)) if config.modality_tokens else None
-        )
+            nn.Parameter(torch.zeros(config.size.width)) if config.modality_tokens else None)
 
     def patchify(self, x):
         """Clips (B, ...) -> patches (B, N, P), as they are: bytes stay bytes."""
@@ -337,10 +313,8 @@ class Block(nn.Module):
         self.attn = Attention(size)
         self.norm2 = nn.LayerNorm(size.width, eps=NORM_EPS)
         self.mlp = nn.Sequential(
-            nn.Linear(size.width, size.mlp),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(size.mlp, size.width),
-        )
+            nn.Linear(size.width, size.mlp), nn.GELU(approximate="tanh"),
+            nn.Linear(size.mlp, size.width))
         for layer in self.mlp[0], self.mlp[2]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.normal_(layer.bias, std=1e-6)
@@ -381,8 +355,7 @@ class Fusion(nn.Module):
             nn.ModuleDict(
                 {
                     name: Stack(size, depth)
-                    for name in (modalities if how == "separate" else ["all"])
-                }
+                    for name in (modalities if how == "separate" else ["all"])}
             )
             for how, depth in self.plan
         )
@@ -400,16 +373,14 @@ class Fusion(nn.Module):
             else:
                 tokens = {
                     m: stage[m if how == "separate" else "all"](x, part[m])
-                    for m, x in tokens.items()
-                }
+                    for m, x in tokens.items()}
         return tokens
 
     def stacks(self, modality):
         """The stacks that a modality's tokens go through, first to last."""
         return [
             stage[modality if how == "separate" else "all"]
-            for (how, _), stage in zip(self.plan, self.stages)
-        ]
+            for (how, _), stage in zip(self.plan, self.stages)]
 
     def path(self, modality):
         """The blocks that a modality's tokens go through, first to last."""
@@ -446,8 +417,7 @@ class AVMAE(nn.Module):
         self.mask_token = nn.ParameterDict({m: torch.zeros(decoder_width) for m in targets})
         self.decoder = Fusion(config.decoder, config.decoder_size, targets, config.joint_layers)
         self.head = nn.ModuleDict(
-            {m: nn.Linear(decoder_width, self.embed[m].linear.in_features) for m in targets}
-        )
+            {m: nn.Linear(decoder_width, self.embed[m].linear.in_features) for m in targets})
         for layer in self.project.values():
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -461,11 +431,8 @@ class AVMAE(nn.Module):
         """Masks for clips of the configured shape, see the function of that name."""
         c = self.config
         return draw_masks(
-            {m: c.tokens(m) for m in c.modalities},
-            {m: c.masked(m) for m in c.modalities},
-            batch,
-            generator,
-        )
+            {m: c.tokens(m) for m in c.modalities}, {m: c.masked(m) for m in c.modalities}, batch,
+            generator)
 
     def forward(self, inputs, masks=None):
         """inputs {video: (B, T, H, W, 3) uint8 or in [-1, 1], audio: (B, T, F)} -> Output.
@@ -478,15 +445,13 @@ class AVMAE(nn.Module):
         if masks is None:
             masks = self.draw_masks(len(next(iter(patches.values()))))
         visible, masked = (
-            {m: ids.to(patches[m].device) for m, ids in part.items()} for part in masks
-        )
+            {m: ids.to(patches[m].device) for m, ids in part.items()} for part in masks)
         latent = self.encode(patches, visible)  # {m: (B, V, D)}
         losses, predictions, places = {}, {}, {}
         for contexts in self.config.passes:
             where = {t: self.places(t, c, visible, masked) for t, c in contexts.items()}
             decoded = self.decode(
-                latent, contexts, where, {m: p.shape[1] for m, p in patches.items()}
-            )
+                latent, contexts, where, {m: p.shape[1] for m, p in patches.items()})
             for target, context in contexts.items():
                 key = target if target == context else f"{target}_from_{context}"
                 places[key] = where[target][1]
@@ -527,8 +492,7 @@ class AVMAE(nn.Module):
             tokens[target] = torch.cat(
                 [
                     self.project[context](latent[context]) + position[given],
-                    self.mask_token[target] + position[asked],
-                ],
+                    self.mask_token[target] + position[asked]],
                 dim=1,
             )
             if self.config.modality_tokens:
@@ -563,8 +527,7 @@ class MBT(nn.Module):
     def __init__(self, size, modalities, fusion_layer, bottlenecks=4):
         super().__init__()
         self.blocks = nn.ModuleDict(
-            {m: nn.ModuleList(Block(size) for _ in range(size.layers)) for m in modalities}
-        )
+            {m: nn.ModuleList(Block(size) for _ in range(size.layers)) for m in modalities})
         self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
         self.fusion_layer = fusion_layer if len(modalities) > 1 else size.layers
         if self.fusion_layer < size.layers:
@@ -613,8 +576,7 @@ class Classifier(nn.Module):
         self.embed = nn.ModuleDict({m: Embed(m, config) for m in config.modalities})
         if config.trunk == "mbt":
             self.trunk = MBT(
-                config.size, config.modalities, config.fusion_layer, config.bottlenecks
-            )
+                config.size, config.modalities, config.fusion_layer, config.bottlenecks)
         else:
             self.trunk = Fusion(config.trunk, config.size, config.modalities, config.joint_layers)
         self.head = nn.Linear(config.size.width, sum(config.classes))
@@ -638,8 +600,7 @@ class Classifier(nn.Module):
             tokens[m] = self.embed[m](patches, position)
         tokens = self.trunk(tokens, keep)
         return (
-            {m: self.pool(m, x, inputs[m].shape[1]) for m, x in tokens.items()} if pool else tokens
-        )
+            {m: self.pool(m, x, inputs[m].shape[1]) for m, x in tokens.items()} if pool else tokens)
 
     def pool(self, modality, x, frames):
         """Mean over tokens, (B, N, D) -> (B, D); with segments, over the tokens whose centre in time
@@ -669,8 +630,7 @@ def transfer(source, target, streams=None):
         ours, theirs = (getattr(model.config, name) for model in (target, source))
         if ours != theirs:
             raise ValueError(
-                f"the pretrained model has {name} {theirs}, this one {ours}: they must be equal"
-            )
+                f"the pretrained model has {name} {theirs}, this one {ours}: they must be equal")
     taken, touched = [], set()
 
     def copy(pairs, what):
@@ -713,8 +673,7 @@ def configure(described):
 
     values = frozen(described)
     kind = {"PretrainConfig": PretrainConfig, "ClassifierConfig": ClassifierConfig}[
-        values.pop("kind")
-    ]
+        values.pop("kind")]
     sizes = {k: Size(*v) for k, v in values.items() if k in ("size", "decoder_size")}
     return kind(**{**values, **sizes})
 
@@ -730,10 +689,8 @@ def save(model, path, **extra):
         from safetensors.torch import save_file
 
         save_file(
-            model.state_dict(),
-            path,
-            {"config": json.dumps(describe(model.config)), "extra": json.dumps(extra)},
-        )
+            model.state_dict(), path,
+            {"config": json.dumps(describe(model.config)), "extra": json.dumps(extra)})
     else:
         torch.save({"config": describe(model.config), "model": model.state_dict(), **extra}, path)
 
@@ -769,8 +726,7 @@ def read(path, **assume):
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{path} is not a checkpoint that can be read safely: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from None
+            f"{str(error).strip().splitlines()[0]}") from None
     if isinstance(checkpoint, dict) and "config" in checkpoint:
         return checkpoint
     return from_vit(checkpoint)
@@ -787,10 +743,8 @@ def _read_safetensors(path):
     if "config" not in about:
         return from_vit(state)
     return {
-        "config": json.loads(about["config"]),
-        "model": state,
-        **json.loads(about.get("extra", "{}")),
-    }
+        "config": json.loads(about["config"]), "model": state,
+        **json.loads(about.get("extra", "{}"))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -865,8 +819,7 @@ def from_official(params, encoder=None, decoder="shared", objective="joint", fus
     first = (
         ("video" if any(re.match("embedding(_rgb)?/", p) for p in params) else "audio")
         if finetuned
-        else None
-    )
+        else None)
     state, parts = {}, {}
     for path, array in params.items():
         name, slot = official_name(path, first)
@@ -877,22 +830,18 @@ def from_official(params, encoder=None, decoder="shared", objective="joint", fus
     try:
         state.update({name: torch.cat([p[0], p[1], p[2]]) for name, p in parts.items()})
         config, notes = _official_config(
-            params, state, finetuned, fusion_layer, encoder, decoder, objective
-        )
+            params, state, finetuned, fusion_layer, encoder, decoder, objective)
         with torch.device("meta"):
             wanted = build(config).state_dict()
     except (KeyError, IndexError, StopIteration, RuntimeError) as error:
         raise ValueError(
-            f"these are not the parameters of a released AV-MAE or MBT: {error!r}"
-        ) from None
+            f"these are not the parameters of a released AV-MAE or MBT: {error!r}") from None
     unused = sorted(set(state) - set(wanted))
     if unused:
         notes.append(f"left out, unused by this model: {', '.join(unused)}")
     return {
-        "config": describe(config),
-        "notes": notes,
-        "model": {k: v for k, v in state.items() if k in wanted},
-    }
+        "config": describe(config), "notes": notes,
+        "model": {k: v for k, v in state.items() if k in wanted}}
 
 
 def _official_config(params, state, finetuned, fusion_layer, encoder, decoder, objective):
@@ -908,24 +857,18 @@ def _official_config(params, state, finetuned, fusion_layer, encoder, decoder, o
         depths = {k: len(v) for k, v in stacks.items()}
         joint = depths.pop(f"{prefix}_concat", 0)
         return (
-            Size(query.shape[0], max(depths.values()) + joint, query.shape[1], len(mlp)),
-            joint,
-            depths,
-        )
+            Size(query.shape[0], max(depths.values()) + joint, query.shape[1], len(mlp)), joint,
+            depths)
 
     trunk, joint, stacks = size("Transformer")
     modalities = tuple(m for m in MODALITIES if f"embed.{m}.linear.weight" in state)
     kernels = {
         ("video" if a.ndim == 5 else "audio"): tuple(a.shape[:-2])
         for p, a in params.items()
-        if p.startswith("embedding") and p.endswith("kernel")
-    }
+        if p.startswith("embedding") and p.endswith("kernel")}
     common = {
-        "modalities": modalities,
-        "size": trunk,
-        "patch": {**Inputs().patch, **kernels},
-        "modality_tokens": any(".token" in name for name in state),
-    }
+        "modalities": modalities, "size": trunk, "patch": {**Inputs().patch, **kernels},
+        "modality_tokens": any(".token" in name for name in state)}
     if finetuned:
         classes = len(state["head.bias"])
         if fusion_layer is None:
@@ -933,8 +876,7 @@ def _official_config(params, state, finetuned, fusion_layer, encoder, decoder, o
         notes = (
             [f"assumed: fusion layer {fusion_layer} of {trunk.layers}"]
             if len(modalities) == 2
-            else []
-        )
+            else [])
         norm = dict(Inputs().norm)
         if classes == 527:
             norm["audio"] = (1.102, 2.762)
@@ -942,17 +884,13 @@ def _official_config(params, state, finetuned, fusion_layer, encoder, decoder, o
                 "527 classes: spectrograms are normalised by mean 1.102, std 2.762, as they were in finetuning"
             )
         return ClassifierConfig(
-            **common,
-            fusion_layer=fusion_layer,
-            norm=norm,
-            classes=(97, 300) if classes == 397 else (classes,),
-        ), notes
+            **common, fusion_layer=fusion_layer, norm=norm,
+            classes=(97, 300) if classes == 397 else (classes,)), notes
     if not joint and "Transformer" in stacks:
         if encoder not in ("early", "shared"):
             raise ValueError(
                 "one encoder for both modalities is early or shared, which its parameters "
-                "don't tell: say encoder='early' or encoder='shared'"
-            )
+                "don't tell: say encoder='early' or encoder='shared'")
     else:
         encoder = "mid" if joint else "separate"
     notes = [f"assumed: objective {objective}"]
@@ -962,14 +900,8 @@ def _official_config(params, state, finetuned, fusion_layer, encoder, decoder, o
     else:
         decoder = "separate"
     return PretrainConfig(
-        **common,
-        decoder_size=small,
-        encoder=encoder,
-        decoder=decoder,
-        objective=objective,
-        joint_layers=joint or 2,
-        allow_uncoupled=True,
-    ), notes
+        **common, decoder_size=small, encoder=encoder, decoder=decoder, objective=objective,
+        joint_layers=joint or 2, allow_uncoupled=True), notes
 
 
 def _read_flax(path):
@@ -989,8 +921,7 @@ def _read_flax(path):
             yield from (
                 flat(value, f"{prefix}{key}/")
                 if isinstance(value, dict)
-                else [(f"{prefix}{key}", value)]
-            )
+                else [(f"{prefix}{key}", value)])
 
     try:
         with open(path, "rb") as file:
@@ -998,13 +929,11 @@ def _read_flax(path):
         for key in "optimizer", "target", "params":
             tree = tree.get(key, tree)
         return {
-            name: value.float() for name, value in flat(tree) if isinstance(value, torch.Tensor)
-        }
+            name: value.float() for name, value in flat(tree) if isinstance(value, torch.Tensor)}
     except (ValueError, TypeError, AttributeError, RuntimeError, msgpack.UnpackException) as error:
         raise ValueError(
             f"{path} is neither a checkpoint of ours nor an intact Flax checkpoint "
-            f"({type(error).__name__}: {error})"
-        ) from None
+            f"({type(error).__name__}: {error})") from None
 
 
 VIT_NAMES = [  # timm's, which DeiT, MAE and VideoMAE share
@@ -1034,8 +963,7 @@ def from_vit(state):
     ours = {name: value for name, value in ours.items() if value is not None}
     if "patch_embed.proj.weight" not in ours:
         raise ValueError(
-            "neither a checkpoint of ours nor a ViT in timm's names (no patch_embed.proj.weight)"
-        )
+            "neither a checkpoint of ours nor a ViT in timm's names (no patch_embed.proj.weight)")
     for name in [n for n in ours if n.endswith(".q_bias")]:  # VideoMAE: the key has no bias
         q, v = ours.pop(name), ours.pop(name.replace(".q_bias", ".v_bias"))
         ours[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
@@ -1047,14 +975,10 @@ def from_vit(state):
     notes = [
         f"a ViT of {size}: patch embedding {tuple(kernel.shape)} for {' and '.join(embeds)}",
         f"left: {', '.join(left) or 'nothing'}",
-        "note: these weights may have been trained with the erf GELU and another LayerNorm epsilon",
-    ]
+        "note: these weights may have been trained with the erf GELU and another LayerNorm epsilon"]
     return {
-        "config": describe(config),
-        "model": ours,
-        "notes": notes,
-        "fresh": ["decoder.", "project.", "mask_token.", "head."],
-    }
+        "config": describe(config), "model": ours, "notes": notes,
+        "fresh": ["decoder.", "project.", "mask_token.", "head."]}
 
 
 def _vit_embeddings(state, kernel):
@@ -1070,8 +994,7 @@ def _vit_embeddings(state, kernel):
         kernel = frames
     embeds = {
         "video": rearrange(kernel, "d c t h w -> d (t h w c)"),
-        "audio": rearrange(kernel.sum((1, 2)), "d h w -> d (h w)"),
-    }
+        "audio": rearrange(kernel.sum((1, 2)), "d h w -> d (h w)")}
     if channels == 1:
         del embeds["video"]
     return size, {"video": tuple(kernel.shape[2:]), "audio": tuple(patch[-2:])}, embeds

@@ -9,6 +9,7 @@ masks depend neither on the number of processes nor on where a run was resumed.
     python data.py check clips/            # what is unreadable, silent, too short, and why
     python data.py prepare clips/ small/   # re-encodes once, for fast reading
 """
+
 import argparse
 import csv
 import functools
@@ -27,16 +28,21 @@ import av
 import numpy as np
 import torch
 import torchaudio
+from av.video.reformatter import VideoReformatter
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 MODALITIES = ("video", "audio")
+# Containers with pictures and sound of their own: a playlist named .mp4 could point anywhere.
+CONTAINERS = "mov,mp4,m4a,3gp,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 SAMPLE_RATE = 16_000  # Hz
 HOP = 160  # samples: 10 ms
 MEL_WINDOW = 400  # samples: 25 ms
 N_FFT = 1024
 MEL_OFFSET = 0.01  # in log(mel + offset)
+PREROLL = 0.25  # s of sound decoded ahead: codecs need some time to settle after a seek
+SLACK = 0.25  # s by which stamps and samples of a track may disagree
 TIME_LIMIT = 60.0  # s to read a clip; a file that takes longer is a bad file
 av.logging.set_level(av.logging.PANIC)  # a damaged file is told by name, once
 AV_ERRORS = (av.error.FFmpegError, OSError, ValueError, IndexError, EOFError)
@@ -44,6 +50,9 @@ AV_ERRORS = (av.error.FFmpegError, OSError, ValueError, IndexError, EOFError)
 
 class UserError(ValueError):
     """A mistake of the user's, told in a sentence that says what to do."""
+
+    def __init__(self, sentence):  # a data worker passes it on at the end of a traceback
+        super().__init__(str(sentence).rsplit("UserError: ", 1)[-1].strip())
 
 
 class ClipError(Exception):
@@ -53,6 +62,7 @@ class ClipError(Exception):
 @dataclass(frozen=True)
 class Window:
     """What is cut out of a clip. The defaults are the paper's pretraining."""
+
     frames: int = 16
     step: float = 0.16  # s between frames: stride 4 at 25 frames/s
     size: int = 224  # height and width of the crop, pixels
@@ -67,6 +77,7 @@ class Window:
 @dataclass(frozen=True)
 class Augment:
     """Randomness of training. The defaults are the pretraining recipe: random crop and flip."""
+
     flip: bool = True  # with probability 0.5
     jitter: tuple = (1.0, 1.0)  # scale of height and of width, before the crop
     colour: bool = False
@@ -92,7 +103,7 @@ def log_mel(waveform, mels=128):
     25 ms Hamming window, 10 ms hop (Sec. 4.1). The paper leaves the rest open; here: FFT of 1024,
     mel bins from 0 to 8000 Hz (HTK scale), magnitudes, log(mel + 0.01), no normalisation.
     """
-    return (_mel_transform(mels)(waveform)[:, :len(waveform) // HOP].T + MEL_OFFSET).log()
+    return (_mel_transform(mels)(waveform)[:, : len(waveform) // HOP].T + MEL_OFFSET).log()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -110,12 +121,14 @@ class Media:
         if not os.path.isfile(path):  # a directory or a pipe, which would block
             raise ClipError("not a file")
         try:
-            self.container = av.open(os.fspath(path), timeout=TIME_LIMIT, metadata_errors="replace")
+            self.container = av.open(
+                os.fspath(path), timeout=TIME_LIMIT, metadata_errors="replace",
+                options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
         except AV_ERRORS as error:
             raise ClipError(f"cannot be opened ({type(error).__name__})") from None
         streams = self.container.streams
-        self.video = next((s for s in streams.video if not s.disposition & s.disposition.attached_pic), None) \
-            if streams.video else None
+        pictures = [s for s in streams.video if not s.disposition & s.disposition.attached_pic]
+        self.video = pictures[0] if pictures else None  # a song's cover is no video
         self.audio = streams.audio[0] if streams.audio else None
         if "video" in modalities and self.video is None:
             self.close()
@@ -124,9 +137,11 @@ class Media:
             self.close()
             raise ClipError("no audio track")
         used = [s for s in (self.video, self.audio) if s is not None]
-        self.origin = min(float(s.start_time * s.time_base) if s.start_time is not None else 0.0 for s in used)
+        self.origin = min(
+            float(s.start_time * s.time_base) if s.start_time is not None else 0.0 for s in used)
         if self.video is not None:
             self.video.codec_context.thread_count = 1  # workers share the cores
+        self.scaler = VideoReformatter()
 
     def close(self):
         self.container.close()
@@ -144,13 +159,16 @@ class Media:
             return float((begin + stream.duration) * stream.time_base) - self.origin
         if self.container.duration is not None:
             return self.container.duration / av.time_base
-        times = [p.pts + (p.duration or 0) for p in self.container.demux(stream) if p.pts is not None]
+        times = [
+            p.pts + (p.duration or 0) for p in self.container.demux(stream) if p.pts is not None]
         return float(max(times, default=0) * stream.time_base) - self.origin
 
     def decode(self, stream, start):
         """(time, frame) of a stream from the last keyframe before `start`."""
+
         def seek(to):
-            self.container.seek(math.floor((to + self.origin) / stream.time_base), stream=stream, backward=True)
+            self.container.seek(
+                math.floor((to + self.origin) / stream.time_base), stream=stream, backward=True)
 
         def frames():
             last = start
@@ -168,7 +186,9 @@ class Media:
         try:
             seek(start)
             first = next(found := frames(), None)
-            if first is None or first[0] > start + 1e-3:  # an index that lies: decode from the beginning
+            if (
+                first is None or first[0] > start + 1e-3
+            ):  # an index that lies: decode from the beginning
                 seek(-1.0)
                 yield from frames()
             else:
@@ -186,41 +206,60 @@ class Media:
         for at, frame in self.decode(self.video, times[0]):
             while len(pictures) < len(times) and at > times[len(pictures)] + 1e-3:
                 shown = shown if shown is not None else frame
-                shown = shown if isinstance(shown, np.ndarray) else _picture(shown, resize)
+                shown = shown if isinstance(shown, np.ndarray) else self.picture(shown, resize)
                 pictures.append(shown)
             if len(pictures) == len(times):
                 return pictures
             shown = frame
         if shown is None:
             raise ClipError("no picture can be decoded")
-        if times[-1] > at + max(1.0, float((shown.duration or 0) * shown.time_base)):
+        held = 0 if isinstance(shown, np.ndarray) else (shown.duration or 0) * shown.time_base
+        if times[-1] > at + max(1.0, float(held)):
             raise ClipError(f"the picture ends at {at:.2f} s, before its stated end")
-        return pictures + [_picture(shown, resize)] * (len(times) - len(pictures))
+        last = shown if isinstance(shown, np.ndarray) else self.picture(shown, resize)
+        return pictures + [last] * (len(times) - len(pictures))
 
     def samples(self, start, stop):
         """Sound from `start` to `stop`, mono at 16 kHz: (S,) float32, NaN where the track has none."""
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-        parts, begin = [], None
-        for at, frame in self.decode(self.audio, start):
+        parts, begin, heard = [], None, 0.0
+        for at, frame in self.decode(self.audio, start - PREROLL):
             if at >= stop:
                 break
             begin = at if begin is None else begin
-            frame.pts = None  # samples are counted from the first; a gap in the stamps is no silence
+            if abs(at - begin - heard) > SLACK:
+                raise ClipError(f"a gap in the sound at {at:.2f} s")
+            heard += frame.samples / frame.sample_rate
+            frame.pts = None  # samples are counted from the first
             parts += [f.to_ndarray()[0] for f in resampler.resample(frame)]
         sound = np.full(round((stop - start) * SAMPLE_RATE), np.nan, np.float32)
         if begin is not None:
             parts = np.concatenate(parts + [f.to_ndarray()[0] for f in resampler.resample(None)])
             first = round((begin - start) * SAMPLE_RATE)
-            parts = parts[max(0, -first):][:max(0, len(sound) - max(0, first))]
-            sound[max(0, first):max(0, first) + len(parts)] = parts
+            parts = parts[max(0, -first) :][: max(0, len(sound) - max(0, first))]
+            sound[max(0, first) : max(0, first) + len(parts)] = parts
         return sound
 
+    def picture(self, frame, resize):
+        """A frame, or a packet that holds one, as upright (H, W, 3) uint8 of the size `resize` says."""
+        if isinstance(frame, av.Packet):
+            frame = frame.decode()[0]
+        if frame.is_corrupt:
+            raise ClipError("a damaged picture")
+        turns = _quarter_turns(frame)
+        height, width = frame.height, frame.width
+        height, width = resize(height, width) if turns % 2 == 0 else resize(width, height)[::-1]
+        frame = self.scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
+        return np.rot90(frame.to_ndarray(), turns)
 
-def _picture(frame, resize):
-    if isinstance(frame, av.Packet):
-        frame = frame.decode()[0]
-    height, width = resize(frame.height, frame.width)
-    return frame.reformat(width=width, height=height, format="rgb24", interpolation="BILINEAR").to_ndarray()
+
+def _quarter_turns(frame):
+    """Quarter turns anticlockwise that put a frame upright, from its display matrix."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0
+    a, b = np.frombuffer(bytes(matrix), np.int32)[:2]
+    return -round(math.atan2(b, a) / (math.pi / 2)) % 4
 
 
 def segment_of(media, start, end):
@@ -274,9 +313,11 @@ def read_audio(media, start, begin, end, seconds):
 def resizing(size, short, jitter=(1.0, 1.0)):
     """(height, width) -> the size at which the short side is `short`, each side times its jitter,
     and none less than the crop `size`."""
+
     def resize(height, width):
         scale = short / min(height, width)
         return tuple(max(size, round(s * scale * j)) for s, j in zip((height, width), jitter))
+
     return resize
 
 
@@ -284,7 +325,7 @@ def crop(video, size, rng=None):
     """(T, H, W, 3) -> (T, size, size, 3): at random, or the centre without a generator."""
     room = video.shape[1] - size, video.shape[2] - size
     y, x = (int(rng.integers(r + 1)) if rng else r // 2 for r in room)
-    return video[:, y:y + size, x:x + size]
+    return video[:, y : y + size, x : x + size]
 
 
 def colour_jitter(video, rng):
@@ -348,8 +389,9 @@ class Clips(torch.utils.data.Dataset):
             except ClipError as error:
                 bad.append((self.name(i), str(error)))
             if len(bad) >= 1000 or (self.augment and len(bad) == len(self)):
-                raise UserError(f"none of {len(bad)} clips can be read; the first: {bad[0][0]}: {bad[0][1]}. "
-                                "Run python data.py check on the folder")
+                raise UserError(
+                    f"none of {len(bad)} clips can be read; the first: {bad[0][0]}: {bad[0][1]}. "
+                    "Run python data.py check on the folder")
         return {"index": wanted, "bad": bad}
 
     def read(self, i, rng):
@@ -359,7 +401,9 @@ class Clips(torch.utils.data.Dataset):
                 start = begin + rng.random() * max(0.0, end - begin - self.window.video_seconds)
                 return self.cut(media, start, start, begin, end, rng)
             views = [self.cut(media, *starts, begin, end) for starts in self.starts(begin, end)]
-        return {m: torch.stack([v[m] for v in views]) if self.views > 1 else views[0][m] for m in views[0]}
+        return {
+            m: torch.stack([v[m] for v in views]) if self.views > 1 else views[0][m]
+            for m in views[0]}
 
     def starts(self, begin, end):
         """Evenly spaced starts of the video and of the audio windows, from the first to the last."""
@@ -391,8 +435,13 @@ def collate(samples):
     """Samples -> a batch: tensors stacked, "index" (B,), "bad" one list. Samples without tensors
     (unreadable, in evaluation) are left out."""
     good = [s for s in samples if "label" in s]
-    batch = {k: torch.stack([s[k] for s in good]) for k in (*MODALITIES, "label") if good and k in good[0]}
-    return batch | {"index": torch.tensor([s["index"] for s in good]), "bad": sum((s["bad"] for s in samples), [])}
+    batch = {
+        k: torch.stack([s[k] for s in good])
+        for k in (*MODALITIES, "label")
+        if good and k in good[0]}
+    return batch | {
+        "index": torch.tensor([s["index"] for s in good]),
+        "bad": sum((s["bad"] for s in samples), [])}
 
 
 class Batches:
@@ -432,6 +481,7 @@ class Index:
     labels (N, K) int, -1 where a clip has fewer; classes: names of the labels (of verbs, then of
     nouns, for Epic Kitchens).
     """
+
     folder: str
     names: np.ndarray
     start: np.ndarray
@@ -459,7 +509,8 @@ class Index:
 
     def subset(self, which):
         """The clips of a mask (N,) or of ids."""
-        return replace(self, **{k: getattr(self, k)[which] for k in ("names", "start", "end", "labels")})
+        return replace(
+            self, **{k: getattr(self, k)[which] for k in ("names", "start", "end", "labels")})
 
 
 def _index(folder, rows, classes=(), task="single"):
@@ -467,17 +518,22 @@ def _index(folder, rows, classes=(), task="single"):
     width = max((len(r[3]) for r in rows), default=1) or 1
     labels = np.full((len(rows), width), -1, np.int16)
     for i, row in enumerate(rows):
-        labels[i, :len(row[3])] = row[3]
+        labels[i, : len(row[3])] = row[3]
     start, end = (np.array([r[k] for r in rows], np.float64) for k in (1, 2))
-    return Index(str(folder), np.array([os.fsencode(r[0]) for r in rows], dtype=bytes), start, end, labels, classes, task)
+    return Index(
+        str(folder), np.array([os.fsencode(r[0]) for r in rows], dtype=bytes), start, end, labels,
+        classes, task)
 
 
 def _files(folder):
     """Paths of the video files below a folder, sorted."""
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}")
-    found = [os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder)
-             for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    found = [
+        os.path.relpath(os.path.join(at, name), folder)
+        for at, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     if not found:
         raise UserError(f"no video files ({', '.join(SUFFIXES)}) below {folder}")
     return sorted(found)
@@ -489,7 +545,9 @@ def find_clips(folder):
     parents = [pathlib.PurePath(f).parent.name for f in files]
     classes = tuple(sorted(set(parents) - {""}))
     number = {c: i for i, c in enumerate(classes)}
-    return _index(folder, [(f, math.nan, math.nan, [number.get(p, -1)]) for f, p in zip(files, parents)], classes)
+    return _index(
+        folder, [(f, math.nan, math.nan, [number.get(p, -1)]) for f, p in zip(files, parents)],
+        classes)
 
 
 def single_clip(path):
@@ -540,7 +598,9 @@ def _seconds(text):
 def _vggsound(rows, file):
     classes = tuple(sorted({r[2] for r in rows}))
     number = {c: i for i, c in enumerate(classes)}
-    return [(r[0], float(r[1]), float(r[1]) + 10, [number[r[2]]], r[3]) for r in rows], classes, "single"
+    return (
+        [(r[0], float(r[1]), float(r[1]) + 10, [number[r[2]]], r[3]) for r in rows], classes,
+        "single")
 
 
 def _audioset(rows, file):
@@ -550,21 +610,34 @@ def _audioset(rows, file):
     names = {r[1]: (int(r[0]), r[2]) for r in _table(path)[1:]}
     unknown = sorted({mid for r in rows for mid in r[3].split(",")} - set(names))
     if unknown:
-        raise UserError(f"{file} has labels that class_labels_indices.csv lacks: {', '.join(unknown[:3])}")
+        raise UserError(
+            f"{file} has labels that class_labels_indices.csv lacks: {', '.join(unknown[:3])}")
     classes = tuple(name for _, name in sorted(names.values()))
-    return [(r[0], float(r[1]), float(r[2]), [names[mid][0] for mid in r[3].split(",")], None) for r in rows], classes, "many"
+    return (
+        [
+            (r[0], float(r[1]), float(r[2]), [names[mid][0] for mid in r[3].split(",")], None)
+            for r in rows],
+        classes,
+        "many",
+    )
 
 
 def _epic(rows, file):
-    at = {name: rows[0].index(name) for name in
-          ("video_id", "start_timestamp", "stop_timestamp", "verb_class", "noun_class")}
+    at = {
+        name: rows[0].index(name)
+        for name in ("video_id", "start_timestamp", "stop_timestamp", "verb_class", "noun_class")}
     classes = []
     for kind, count in ("verb", 97), ("noun", 300):
         path = pathlib.Path(file).parent / f"EPIC_100_{kind}_classes.csv"
         known = {int(r[0]): r[1] for r in _table(path)[1:]} if path.exists() else {}
         classes.append(tuple(known.get(i, f"{kind} {i}") for i in range(count)))
-    found = [(r[at["video_id"]], _seconds(r[at["start_timestamp"]]), _seconds(r[at["stop_timestamp"]]),
-              [int(r[at["verb_class"]]), int(r[at["noun_class"]])], None) for r in rows[1:]]
+    found = [
+        (
+            r[at["video_id"]], _seconds(r[at["start_timestamp"]]),
+            _seconds(r[at["stop_timestamp"]]), [int(r[at["verb_class"]]), int(r[at["noun_class"]])],
+            None)
+        for r in rows[1:]
+    ]
     wrong = [r for r in found if not (0 <= r[3][0] < 97 and 0 <= r[3][1] < 300)]
     if wrong:
         raise UserError(f"{file} has verb or noun classes beyond 97 and 300: {wrong[0][3]}")
@@ -579,7 +652,7 @@ def _ave(rows, file):
     found = []
     for category, video, _, start, end in rows:
         labels = np.full(10, len(names))  # background
-        labels[int(float(start)):int(float(end))] = names.index(category)
+        labels[int(float(start)) : int(float(end))] = names.index(category)
         found.append((video, math.nan, math.nan, labels.tolist(), None))
     return found, (*names, "background"), "ave"
 
@@ -589,18 +662,25 @@ def _plain(rows, file):
     rows = rows[1:] if header else rows
     timed = all(len(r) >= 3 and _is_number(r[1]) and _is_number(r[2]) for r in rows)
     split = header.index("split") if header and "split" in header else None
-    labels = [[c for k, c in enumerate(r) if k >= (3 if timed else 1) and k != split and c] for r in rows]
+    labels = [
+        [c for k, c in enumerate(r) if k >= (3 if timed else 1) and k != split and c] for r in rows]
     classes = tuple(sorted({name for r in labels for name in r}))
     number = {c: i for i, c in enumerate(classes)}
-    found = [(r[0], float(r[1]) if timed else math.nan, float(r[2]) if timed else math.nan,
-              [number[c] for c in names], r[split] if split else None) for r, names in zip(rows, labels)]
+    found = [
+        (
+            r[0], float(r[1]) if timed else math.nan, float(r[2]) if timed else math.nan,
+            [number[c] for c in names], r[split] if split else None)
+        for r, names in zip(rows, labels)
+    ]
     return found, classes, "many" if any(len(r[3]) > 1 for r in found) else "single"
 
 
 FORMATS = {  # name: (does the second row look like it, its parser)
     "EPIC-Kitchens": (lambda first, row: "narration_id" in first and "verb_class" in first, _epic),
     "AVE": (lambda first, row: len(row) == 5 and _is_number(row[3]) and _is_number(row[4]), _ave),
-    "VGGSound": (lambda first, row: len(row) == 4 and _is_number(row[1]) and row[3] in ("train", "test"), _vggsound),
+    "VGGSound": (
+        lambda first, row: len(row) == 4 and _is_number(row[1]) and row[3] in ("train", "test"),
+        _vggsound),
     "AudioSet": (lambda first, row: len(row) == 4 and row[3].startswith("/"), _audioset),
     "plain": (lambda first, row: row[0].lower().endswith(SUFFIXES), _plain),
 }
@@ -619,7 +699,8 @@ def read_annotations(file, folder, split=None, allow_outside=False):
     row = rows[min(1, len(rows) - 1)]
     parser = next((parse for fits, parse in FORMATS.values() if fits(rows[0], row)), None)
     if parser is None:
-        raise UserError(f"{file} is of no known format: {', '.join(FORMATS)} (path[,start,end][,label...])")
+        raise UserError(
+            f"{file} is of no known format: {', '.join(FORMATS)} (path[,start,end][,label...])")
     try:
         listed, classes, task = parser(rows, file)
     except (IndexError, ValueError, KeyError) as error:
@@ -641,11 +722,13 @@ def read_annotations(file, folder, split=None, allow_outside=False):
             continue
         whole = stem not in (name, "Y" + name)  # a name with its times is of a file cut at them
         found.append((at[stem], math.nan if whole else start, math.nan if whole else end, labels))
-    print(f"{file}: {len(found)} of {len(listed)} rows found their file below {folder}"
-          + (f"; the first that did not: {missing[0]}" if missing else ""))
+    print(
+        f"{file}: {len(found)} of {len(listed)} rows found their file below {folder}"
+        + (f"; the first that did not: {missing[0]}" if missing else ""))
     if not found:
-        raise UserError(f"no row of {file} found its file below {folder}: files are looked for by names like "
-                        f"{', '.join(list(_stems(*listed[0][:3]))[:4]) if listed else 'ID'}")
+        raise UserError(
+            f"no row of {file} found its file below {folder}: files are looked for by names like "
+            f"{', '.join(list(_stems(*listed[0][:3]))[:4]) if listed else 'ID'}")
     return _index(folder, found, classes, task)
 
 
@@ -677,12 +760,14 @@ def labelled_clips(folder, annotations="", test_annotations=""):
         test = read_annotations(test_annotations or annotations, folder, "test")
         if not test_annotations and len(test) == len(train) and (test.names == train.names).all():
             train, test = _split(train)
-    elif os.path.isdir(os.path.join(folder, "train")) and os.path.isdir(os.path.join(folder, "test")):
+    elif os.path.isdir(os.path.join(folder, "train")) and os.path.isdir(
+        os.path.join(folder, "test")):
         train, test = (find_clips(os.path.join(folder, part)) for part in ("train", "test"))
     else:
         train, test = _split(find_clips(folder))
     if not train.classes:
-        raise UserError(f"the clips of {folder} have no labels: give --annotations, or folders named by label")
+        raise UserError(
+            f"the clips of {folder} have no labels: give --annotations, or folders named by label")
     return {"train": train, "test": _renumbered(test, train.classes)}
 
 
@@ -692,7 +777,8 @@ def _renumbered(index, classes):
         return index
     unknown = sorted(set(map(str, index.classes)) - set(map(str, classes)))
     if unknown:
-        raise UserError(f"the test clips have labels that the training clips lack: {', '.join(unknown[:3])}")
+        raise UserError(
+            f"the test clips have labels that the training clips lack: {', '.join(unknown[:3])}")
     number = np.array([*map(classes.index, index.classes), -1], np.int16)  # -1 stays -1
     return replace(index, labels=number[index.labels], classes=classes)
 
@@ -717,6 +803,7 @@ VOICES = {  # relative loudness of the partials 1, 2, 3, ... of a tone
 @dataclass(frozen=True)
 class Scene:
     """What happens in a generated clip; lengths are shares of the frame's side."""
+
     shape: int
     voice: int
     radius: float
@@ -738,7 +825,8 @@ class Scene:
         times = []
         for phase, speed in zip(self.phase, self.speed):
             ends = sorted((phase, phase + speed * seconds))
-            times += [(k - phase) / speed for k in range(math.ceil(ends[0]), math.floor(ends[1]) + 1)]
+            times += [
+                (k - phase) / speed for k in range(math.ceil(ends[0]), math.floor(ends[1]) + 1)]
         return np.sort(times)
 
 
@@ -748,11 +836,12 @@ def scene(seed, index):
     rng = np.random.default_rng([seed, index])
     colour = rng.uniform(0.1, 1.0, 3)
     colour[rng.permutation(3)[:2]] = 0.95, rng.uniform(0.0, 0.3)  # bright and saturated
-    return Scene(shape=index % 16 // 4, voice=index % 4, radius=rng.uniform(0.2, 0.3),
-                 turn=rng.uniform(-0.3, 0.3), loudness=rng.uniform(0.6, 1.0), phase=rng.uniform(0, 2, 2),
-                 speed=rng.uniform(0.15, 0.5, 2) * rng.choice([-1, 1], 2), colour=colour,
-                 ground=np.stack([rng.uniform(0.0, 0.4, 3), *rng.uniform(-0.15, 0.15, (2, 3))]),
-                 noise=int(rng.integers(2**31)))
+    return Scene(
+        shape=index % 16 // 4, voice=index % 4, radius=rng.uniform(0.24, 0.34),
+        turn=rng.uniform(-0.3, 0.3), loudness=rng.uniform(0.6, 1.0), phase=rng.uniform(0, 2, 2),
+        speed=rng.uniform(0.15, 0.5, 2) * rng.choice([-1, 1], 2), colour=colour,
+        ground=np.stack([rng.uniform(0.0, 0.4, 3), *rng.uniform(-0.15, 0.15, (2, 3))]),
+        noise=int(rng.integers(2**31)))
 
 
 def render(scene, times, size):
@@ -782,7 +871,9 @@ def sound(scene, seconds):
     """The waveform (S,) float32 at 16 kHz: a tone whose pitch is the height, a hit at each bounce."""
     count = round(seconds * SAMPLE_RATE)
     rng = np.random.default_rng(scene.noise)
-    times = np.arange(count // HOP + 2) * (HOP / SAMPLE_RATE)  # pitch changes slowly: 100 points a second
+    times = np.arange(count // HOP + 2) * (
+        HOP / SAMPLE_RATE
+    )  # pitch changes slowly: 100 points a second
     low, high = (2595 * math.log10(1 + f / 700) for f in (180, 1600))
     mel = low + (high - low) * (1 - scene.position(times)[:, 1])
     pitch = np.interp(np.arange(count), times * SAMPLE_RATE, 700 * (10 ** (mel / 2595) - 1))
@@ -792,9 +883,11 @@ def sound(scene, seconds):
         if loud:
             wave += 0.15 * scene.loudness * loud * np.sin(k * phase)
     hit = rng.standard_normal(SAMPLE_RATE // 10, dtype=np.float32)
-    hit *= 0.5 * scene.loudness * np.exp(-np.arange(len(hit)) / (0.02 * SAMPLE_RATE), dtype=np.float32)
+    hit *= (
+        0.5 * scene.loudness * np.exp(-np.arange(len(hit)) / (0.02 * SAMPLE_RATE), dtype=np.float32)
+    )
     for start in (scene.bounces(seconds) * SAMPLE_RATE).astype(int):
-        wave[start:start + len(hit)] += hit[:count - start]
+        wave[start : start + len(hit)] += hit[: count - start]
     return wave
 
 
@@ -804,10 +897,12 @@ class Builtin(torch.utils.data.Dataset):
     The class is the pair of shape and voice (16 classes). Items are as those of `Clips`; each is
     made once and kept.
     """
+
     classes = [f"{shape} {voice}" for shape in SHAPES for voice in VOICES]
 
     def __init__(self, count, window, seed=0, modalities=MODALITIES):
-        self.count, self.window, self.seed, self.modalities, self.made = count, window, seed, modalities, {}
+        self.count, self.window, self.seed, self.modalities, self.made = (
+            count, window, seed, modalities, {})
 
     def __len__(self):
         return self.count
@@ -844,7 +939,10 @@ def examine(i, clips):
             media.deadline = math.inf
             begin, end = segment_of(media, *clips.index.segment(i))
             longest = max(clips.window.video_seconds, clips.window.seconds)
-            warnings = [f"shorter than a window ({end - begin:.2f} s)"] if end - begin < longest - 1e-3 else []
+            warnings = (
+                [f"shorter than a window ({end - begin:.2f} s)"]
+                if end - begin < longest - 1e-3
+                else [])
             if (clip["audio"] <= math.log(2 * MEL_OFFSET)).all():
                 warnings.append("silent")
             if (clip["video"] == clip["video"][:1]).all():
@@ -869,7 +967,9 @@ def check(index, window, workers):
         verdicts[verdict] += 1
         if verdict:
             tqdm.write(f"{verdict}: {index.name(i)}: {reason}")
-    print(f"{len(index)} clips: {verdicts['']} fine, {verdicts['warning']} used with a warning, {verdicts['bad']} bad")
+    print(
+        f"{len(index)} clips: {verdicts['']} fine, {verdicts['warning']} used with a warning, {verdicts['bad']} bad"
+    )
     return verdicts["bad"]
 
 
@@ -878,7 +978,9 @@ def _in_parallel(job, count, workers):
         yield from tqdm(pool.map(job, range(count), chunksize=4), total=count, disable=None)
 
 
-PREPARED_RATE = Fraction(25, 2)  # frames/s: every sampling step of the paper is a multiple of 0.08 s
+PREPARED_RATE = Fraction(
+    25, 2
+)  # frames/s: every sampling step of the paper is a multiple of 0.08 s
 PREPARED_SIDE = 256  # short side, pixels
 
 
@@ -909,11 +1011,14 @@ def _encode(media, container, begin, end, quality):
     picture = media.video and container.add_stream("mjpeg", rate=PREPARED_RATE)
     sound = media.audio and container.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
     if picture:
-        height, width = (2 * round(s / 2) for s in resizing(0, PREPARED_SIDE)(media.video.height, media.video.width))
+        height, width = (
+            2 * round(s / 2)
+            for s in resizing(0, PREPARED_SIDE)(media.video.height, media.video.width))
         picture.width, picture.height, picture.pix_fmt = width, height, "yuvj420p"
         picture.codec_context.qmin = picture.codec_context.qmax = quality
         last = min(end, media.length(media.video))
-        times = begin + np.arange(max(1, math.ceil((last - begin) * PREPARED_RATE - 1e-6))) / float(PREPARED_RATE)
+        times = begin + np.arange(max(1, math.ceil((last - begin) * PREPARED_RATE - 1e-6))) / float(
+            PREPARED_RATE)
         for k, image in enumerate(media.frames(times, lambda *_: (height, width))):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = k, 1 / PREPARED_RATE
@@ -923,9 +1028,10 @@ def _encode(media, container, begin, end, quality):
         samples = media.samples(begin, end)
         there = np.flatnonzero(~np.isnan(samples))
         if len(there):
-            samples = (samples[there[0]:there[-1] + 1].clip(-1, 1) * 32767).astype(np.int16)
+            samples = (samples[there[0] : there[-1] + 1].clip(-1, 1) * 32767).astype(np.int16)
             frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, int(there[0]), Fraction(1, SAMPLE_RATE)
+            frame.sample_rate, frame.pts, frame.time_base = (
+                SAMPLE_RATE, int(there[0]), Fraction(1, SAMPLE_RATE))
             container.mux(sound.encode(frame))
         container.mux(sound.encode(None))
 
@@ -940,22 +1046,28 @@ def prepare(index, target, quality, workers):
             tqdm.write(f"bad: {index.name(i)}: {reason}")
         if i in (9, 99, 999):
             tqdm.write(f"about {written / (i + 1) * len(index) / 1e9:.2f} GB in all")
-    print(f"{len(index) - bad} of {len(index)} clips in {target}, {written / 1e9:.3f} GB; {bad} bad")
+    print(
+        f"{len(index) - bad} of {len(index)} clips in {target}, {written / 1e9:.3f} GB; {bad} bad")
     return bad
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("check", "prepare"))
     parser.add_argument("source", help="folder of video files")
     parser.add_argument("target", nargs="?", help="prepare: folder to write to")
     parser.add_argument("--annotations", default="", help="annotation file that lists the clips")
-    parser.add_argument("--quality", type=int, default=3, help="prepare: JPEG quantiser, 2 (best) to 31")
+    parser.add_argument(
+        "--quality", type=int, default=3, help="prepare: JPEG quantiser, 2 (best) to 31")
     parser.add_argument("--seconds", type=float, default=8.0, help="check: audio of a window")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
     try:
-        index = read_annotations(args.annotations, args.source) if args.annotations else find_clips(args.source)
+        index = (
+            read_annotations(args.annotations, args.source)
+            if args.annotations
+            else find_clips(args.source))
         if args.command == "check":
             return int(check(index, Window(seconds=args.seconds), args.workers) > 0)
         if not args.target:

@@ -9,6 +9,7 @@
 The same command resumes. Settings, saving and the loop are those of train_pretrain.py, repeated here
 so that each script reads alone.
 """
+
 import argparse
 import csv
 import functools
@@ -42,13 +43,16 @@ SETTINGS = {  # name: (default, what it is)
     "annotations": ("", "annotation file of the training clips; none: folder names are labels"),
     "val_annotations": ("", "annotation file of the test clips, if it is another one"),
     "out": ("", "folder of the run; none: runs/finetune for the demo, else runs/finetune-PRESET"),
-    "init": ((), "pretrained checkpoint; two, one for each stream, for Table 10; none: from scratch"),
-    "model": ("mbt", "mbt, encoder (the pretraining encoder, Table 14) or probe (linear, Table 18)"),
+    "init": (
+        (), "pretrained checkpoint; two, one for each stream, for Table 10; none: from scratch"),
+    "model": (
+        "mbt", "mbt, encoder (the pretraining encoder, Table 14) or probe (linear, Table 18)"),
     "encoder": ("mid", "fusion of --model encoder from scratch; else the checkpoint tells"),
     "modalities": (("video", "audio"), "what to classify by"),
-    "task": ("single", "label a clip, many labels, epic (verb and noun), or ave (a label a second)"),
+    "task": (
+        "single", "label a clip, many labels, epic (verb and noun), or ave (a label a second)"),
     "size": ("base", "size of the model"),
-    "fusion_layer": (8, "first layer of MBT with bottlenecks"),
+    "fusion_layer": (0, "first layer of MBT with bottlenecks; 0: at 2/3 of the depth"),
     "bottlenecks": (4, "bottleneck tokens of MBT"),
     "joint_layers": (2, "S of --model encoder with a mid encoder from scratch"),
     "frames": (32, "video frames of a clip"),
@@ -58,6 +62,9 @@ SETTINGS = {  # name: (default, what it is)
     "seconds": (8.0, "audio of a clip"),
     "mels": (128, "mel bins"),
     "audio_patch": ((16, 16), "audio patch: frames of 10 ms, mel bins"),
+    "video_norm": (
+        (0.0, 1.0), "mean and std of video in [-1, 1]; a pretrained model brings its own"),
+    "audio_norm": ((0.0, 1.0), "mean and std of log-mel; a pretrained model brings its own"),
     "views": (4, "clips of a video at test time, their logits are averaged"),
     "per_class": (10, "built-in training clips of each class"),
     "test_seed": (1, "of the built-in test clips"),
@@ -95,26 +102,33 @@ SETTINGS = {  # name: (default, what it is)
     "dry_run": (False, "print what would be done, and end"),
 }
 PRESETS = {  # Tables 22, 23, 24; ave: the recipe of vggsound, one pass over 10 s
-    "demo": dict(size="demo", fusion_layer=2, frames=8, frame_step=0.32, image=32, tubelet=(2, 8, 8), seconds=2.56,
-                 mels=32, views=1, batch=32, jitter=(1.0, 1.0), colour=False, frequency_masks=(0, 0),
-                 time_masks=(0, 0), flip=False),
-    "vggsound": dict(size="large", fusion_layer=16),
-    "epic": dict(size="large", fusion_layer=16, task="epic", lr=1.2, mixup=(1.25, 0.5, 0.5), time_shift=True),
-    "audioset": dict(size="large", fusion_layer=18, task="many", seconds=10.0, batch=128, lr=1.6,
-                     mixup=(1.25, 0.5, 0.5), time_shift=True, frequency_masks=(2, 36)),
+    "demo": dict(
+        size="demo", frames=8, frame_step=0.32, image=32, tubelet=(2, 8, 8), seconds=2.56, mels=32,
+        views=1, batch=32, jitter=(1.0, 1.0), colour=False, frequency_masks=(0, 0),
+        time_masks=(0, 0), flip=False, video_norm=(-0.46, 0.47), audio_norm=(0.2, 1.6)),
+    "vggsound": dict(size="large"),
+    "epic": dict(size="large", task="epic", lr=1.2, mixup=(1.25, 0.5, 0.5), time_shift=True),
+    "audioset": dict(
+        size="large", fusion_layer=18, task="many", seconds=10.0, batch=128, lr=1.6,
+        mixup=(1.25, 0.5, 0.5), time_shift=True, frequency_masks=(2, 36)),
     "ave": dict(task="ave", frames=32, frame_step=10 / 32, seconds=10.0, views=1),
 }
 SIZES = {k: v[0] for k, v in avmae.SIZES.items()} | {"demo": avmae.Size(96, 3, 3, 384)}
-CHOICES = {"model": ("mbt", "encoder", "probe"), "encoder": tuple(avmae.PLANS), "modalities": avmae.MODALITIES,
-           "task": ("single", "many", "epic", "ave"), "size": tuple(SIZES)}
-FREE = {"out", "init", "data", "annotations", "val_annotations", "micro_batch", "log_every", "eval_every", "save_every",
-        "max_bad", "workers", "device", "compile", "checkpoint_activations", "classes", "eval", "predict", "predictions", "embed"}
+CHOICES = {
+    "model": ("mbt", "encoder", "probe"), "encoder": tuple(avmae.PLANS),
+    "modalities": avmae.MODALITIES, "task": ("single", "many", "epic", "ave"), "size": tuple(SIZES)}
+FREE = {
+    "out", "init", "data", "annotations", "val_annotations", "micro_batch", "log_every",
+    "eval_every", "save_every", "max_bad", "workers", "device", "compile", "checkpoint_activations",
+    "classes", "eval", "predict", "predictions", "embed"}
 
 
 def parse(argv=None):
     """The settings of a command line, a namespace."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="demo", choices=PRESETS, help="the recipe of a data set")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--preset", default="demo", choices=PRESETS, help="the recipe of a data set")
     for name, (default, text) in SETTINGS.items():
         kind = {"type": type(default)}
         if isinstance(default, tuple):
@@ -123,14 +137,41 @@ def parse(argv=None):
             kind["nargs"] = "+"
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, choices=CHOICES.get(name), **kind)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), default=default, help=text, choices=CHOICES.get(name),
+            **kind)
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[known.preset])
     if known.eval:  # as it was trained
         parser.set_defaults(**avmae.read(known.eval).get("settings", {}))
     args = parser.parse_args(argv)
-    args.out = args.out or ("runs/finetune" if args.preset == "demo" else f"runs/finetune-{args.preset}")
+    args.out = args.out or (
+        "runs/finetune" if args.preset == "demo" else f"runs/finetune-{args.preset}")
     return args
+
+
+def config_of(args, classes, sources=()):
+    """The classifier's config; what pretrained models decide comes from the first of `sources`."""
+    size, first = SIZES[args.size], sources[0].config if sources else None
+    trunk = "mbt" if args.model == "mbt" else first.encoder if first else args.encoder
+    return avmae.ClassifierConfig(
+        modalities=tuple(args.modalities),
+        size=size,
+        trunk=trunk,
+        classes=classes,
+        fusion_layer=args.fusion_layer or size.layers * 2 // 3,
+        bottlenecks=args.bottlenecks,
+        joint_layers=first.joint_layers if first else args.joint_layers,
+        segments=10 if args.task == "ave" else 1,
+        shape={
+            "video": (args.frames, args.image, args.image),
+            "audio": (round(args.seconds * 100), args.mels)},
+        patch={"video": tuple(args.tubelet), "audio": tuple(args.audio_patch)},
+        norm=first.norm
+        if first
+        else {"video": tuple(args.video_norm), "audio": tuple(args.audio_norm)},
+        modality_tokens=trunk != "mbt" and bool(first and first.modality_tokens),
+    )
 
 
 def learning_rate(step, peak, warmup, steps):
@@ -156,7 +197,10 @@ def layer_scales(model, decay):
             scales.update(dict.fromkeys(block.parameters(), decay ** (layers - i)))
         if isinstance(model.trunk, avmae.Fusion):
             for stack in model.trunk.stacks(m)[:-1]:
-                scales.update(dict.fromkeys(stack.norm.parameters(), scales[next(stack.blocks[-1].parameters())]))
+                scales.update(
+                    dict.fromkeys(
+                        stack.norm.parameters(), scales[next(stack.blocks[-1].parameters())])
+                )
     return scales
 
 
@@ -166,7 +210,9 @@ def optimizer_of(model, args):
     for p, scale in layer_scales(model, args.layer_decay).items():
         if p.requires_grad:
             groups.setdefault(scale, []).append(p)
-    return torch.optim.SGD([{"params": p, "scale": s} for s, p in groups.items()], lr=0.0, momentum=args.momentum, fused=True)
+    return torch.optim.SGD(
+        [{"params": p, "scale": s} for s, p in groups.items()], lr=0.0, momentum=args.momentum,
+        fused=True)
 
 
 def targets_of(task, label, classes):
@@ -176,12 +222,15 @@ def targets_of(task, label, classes):
     if task == "ave":
         return F.one_hot(label, classes[0]).float()
     target = torch.zeros(len(label), classes[0] + 1, device=label.device)
-    return target.scatter(1, label.remainder(classes[0] + 1), 1.0)[:, :-1]  # padding falls off the end
+    return target.scatter(1, label.remainder(classes[0] + 1), 1.0)[
+        :, :-1
+    ]  # padding falls off the end
 
 
 def mixup(inputs, labels, lam):
     """Mixes a batch with its reverse: inputs {m: (B, ...)}, labels (B, ...), lam {m: weight} ->
     mixed inputs and {m: labels}; each modality has its own weight."""
+
     def mix(x, weight):
         return weight * x + (1 - weight) * x.flip(0)
 
@@ -197,13 +246,17 @@ def classification_loss(logits, labels, kind, smoothing=0.0, heads=None):
     losses = []
     for m, x in logits.items():
         heads = heads or (x.shape[-1],)
-        for part, target in zip(x.float().split(heads, -1) if x.dtype != torch.float64 else x.split(heads, -1),
-                                labels[m].split(heads, -1)):
+        for part, target in zip(
+            x.float().split(heads, -1) if x.dtype != torch.float64 else x.split(heads, -1),
+            labels[m].split(heads, -1)):
             target = target * (1 - smoothing) + smoothing / target.shape[-1]
             if kind == "softmax":
                 losses.append(-(target * part.log_softmax(-1)).sum(-1).mean())
             else:
-                losses.append(F.binary_cross_entropy_with_logits(part, target, reduction="none").sum(-1).mean())
+                losses.append(
+                    F.binary_cross_entropy_with_logits(part, target, reduction="none")
+                    .sum(-1)
+                    .mean())
     return torch.stack(losses).mean()
 
 
@@ -211,7 +264,9 @@ def average_precision(scores, positive):
     """Area under precision over recall, (N,) and (N,) bool; equal scores are one threshold."""
     scores, order = scores.sort(descending=True)
     hits = positive[order].double().cumsum(0)
-    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of each threshold
+    last = torch.cat(
+        [scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)]
+    )  # of each threshold
     precision, recall = (hits / torch.arange(1, len(hits) + 1))[last], (hits / hits[-1])[last]
     return (recall.diff(prepend=recall.new_zeros(1)) * precision).sum().item()
 
@@ -221,24 +276,31 @@ def roc_auc(scores, positive):
     _, rank, counts = scores.unique(return_inverse=True, return_counts=True)
     middle = counts.cumsum(0) - (counts - 1) / 2  # mean rank of equal scores, from 1
     p = positive.sum().item()
-    return ((middle[rank][positive].double().sum() - p * (p + 1) / 2) / (p * (len(scores) - p))).item()
+    return (
+        (middle[rank][positive].double().sum() - p * (p + 1) / 2) / (p * (len(scores) - p))).item()
 
 
 def metrics_of(task, logits, labels, classes):
     """Metrics of all test clips, the main one first. logits (N, C) or (N, 10, C), labels (N, K)."""
+
     def hit(x, label, k=1):
         return (x.topk(min(k, x.shape[-1]), -1).indices == label[..., None]).any(-1)
 
     if task == "many":
         target = targets_of(task, labels, classes).bool()
         usable = [c for c in range(classes[0]) if 0 < target[:, c].sum() < len(target)]
-        ap = [average_precision(logits[:, c], target[:, c]) for c in range(classes[0]) if target[:, c].any()]
+        ap = [
+            average_precision(logits[:, c], target[:, c])
+            for c in range(classes[0])
+            if target[:, c].any()]
         auc = sum(roc_auc(logits[:, c], target[:, c]) for c in usable) / max(1, len(usable))
         d_prime = math.sqrt(2) * torch.special.ndtri(torch.tensor(auc, dtype=torch.float64)).item()
         return {"mAP": sum(ap) / max(1, len(ap)), "AUC": auc, "d-prime": d_prime}
     if task == "epic":
         verb, noun = (hit(x, labels[:, i]) for i, x in enumerate(logits.split(classes, -1)))
-        return {name: x.double().mean().item() for name, x in (("action", verb & noun), ("verb", verb), ("noun", noun))}
+        return {
+            name: x.double().mean().item()
+            for name, x in (("action", verb & noun), ("verb", verb), ("noun", noun))}
     if task == "ave":
         return {"segment accuracy": hit(logits, labels).double().mean().item()}
     return {f"top-{k}": hit(logits, labels[:, 0], k).double().mean().item() for k in (1, 5)}
@@ -270,7 +332,11 @@ def evaluate(model, loader, args, device, autocast):
         bad += batch["bad"]
         if len(batch["index"]):
             with autocast():
-                rows.append((batch["index"], predict(model, to_device(batch, device), args.views).cpu(), batch["label"]))
+                rows.append(
+                    (
+                        batch["index"], predict(model, to_device(batch, device), args.views).cpu(),
+                        batch["label"])
+                )
     model.train()
     gathered = [(rows, bad)]
     if dist.is_initialized():
@@ -298,7 +364,7 @@ def embed(model, clips, load, path, device, autocast, rank, world):
             continue
         keys = [(0, i) for i in range(64 * k, min(64 * (k + 1), len(clips)))]
         rows = {"names": []}
-        for batch in load(clips, batch_sampler=[keys[j:j + 8] for j in range(0, len(keys), 8)]):
+        for batch in load(clips, batch_sampler=[keys[j : j + 8] for j in range(0, len(keys), 8)]):
             for name, reason in batch["bad"]:
                 tqdm.write(f"unreadable, left out: {name}: {reason}")
             if len(batch["index"]):
@@ -323,7 +389,9 @@ def embed(model, clips, load, path, device, autocast, rank, world):
 def names_and_scores(logits, task, classes, names, top=5):
     """The labels of one clip, best first: [(name, score)] of each head; for ave, of each second."""
     scores = logits.sigmoid() if task == "many" else None
-    heads = logits.split(classes, -1) if logits.ndim == 1 else logits  # (C_h,) of each head, or (10, C)
+    heads = (
+        logits.split(classes, -1) if logits.ndim == 1 else logits
+    )  # (C_h,) of each head, or (10, C)
     tops = []
     for head, labels in zip(heads, names if task == "epic" else [names] * len(heads)):
         best = (head.softmax(-1) if scores is None else scores).topk(min(top, head.shape[-1]))
@@ -339,15 +407,21 @@ def save(path, **parts):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a full disk
         pathlib.Path(partial).unlink(missing_ok=True)
-        print(f"could not save {path}: {error}; what was saved before is still there", file=sys.stderr)
+        print(
+            f"could not save {path}: {error}; what was saved before is still there", file=sys.stderr
+        )
 
 
 def same_settings(old, new):
     """Raises if a run in `out` was made with other settings."""
-    differ = [f"{k} is {old.get(k)!r} there and {v!r} here" for k, v in new.items() if k not in FREE and old.get(k) != v]
+    differ = [
+        f"{k} is {old.get(k)!r} there and {v!r} here"
+        for k, v in new.items()
+        if k not in FREE and old.get(k) != v]
     if differ:
-        raise data.UserError(f"{new['out']} holds a run with other settings: {'; '.join(differ[:3])}. "
-                             "Choose another folder with --out")
+        raise data.UserError(
+            f"{new['out']} holds a run with other settings: {'; '.join(differ[:3])}. "
+            "Choose another folder with --out")
 
 
 def one_sentence(kind, error, trace):
@@ -374,10 +448,12 @@ if __name__ == "__main__":
     local = args.batch // world  # clips a process takes of a batch
     micro = args.micro_batch or local
     if not (args.eval or args.predict) and (args.batch % world or local % micro):
-        raise data.UserError(f"a batch of {args.batch} is not divided by {world} processes x {micro} clips "
-                             "a forward pass: change --batch or --micro-batch")
+        raise data.UserError(
+            f"a batch of {args.batch} is not divided by {world} processes x {micro} clips "
+            "a forward pass: change --batch or --micro-batch")
     native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16) if native_bf16 else nullcontext
+    autocast = (
+        functools.partial(torch.autocast, "cuda", torch.bfloat16) if native_bf16 else nullcontext)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_, **__: None
@@ -386,12 +462,17 @@ if __name__ == "__main__":
     # Data
 
     modalities = tuple(m for m in avmae.MODALITIES if m in args.modalities)
-    window = data.Window(frames=args.frames, step=args.frame_step, size=args.image, seconds=args.seconds, mels=args.mels)
-    augment = data.Augment(flip=args.flip, jitter=args.jitter, colour=args.colour, time_shift=args.time_shift,
-                           frequency_masks=args.frequency_masks, time_masks=args.time_masks)
+    window = data.Window(
+        frames=args.frames, step=args.frame_step, size=args.image, seconds=args.seconds,
+        mels=args.mels)
+    augment = data.Augment(
+        flip=args.flip, jitter=args.jitter, colour=args.colour, time_shift=args.time_shift,
+        frequency_masks=args.frequency_masks, time_masks=args.time_masks)
     if args.predict or args.embed:
         clips = data.single_clip(args.predict) if args.predict else data.find_clips(args.data)
-        train, test, names = None, data.Clips(clips, window, modalities, views=args.views if args.predict else 1), None
+        train, test, names = (
+            None, data.Clips(clips, window, modalities, views=args.views if args.predict else 1),
+            None)
     elif args.data:
         labelled = data.labelled_clips(args.data, args.annotations, args.val_annotations)
         train = data.Clips(labelled["train"], window, modalities, augment, args.seed)
@@ -403,11 +484,12 @@ if __name__ == "__main__":
         names = train.classes
     cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = args.workers if args.workers >= 0 else (max(1, cpus - 1) if args.data else 0)
-    load = functools.partial(DataLoader, collate_fn=data.collate, num_workers=workers,
-                             pin_memory=device.type == "cuda")
+    load = functools.partial(
+        DataLoader, collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda")
     mine = [(0, i) for i in range(rank, len(test), world)]
     group = max(1, micro // args.views)
-    test_loader = load(test, batch_sampler=[mine[k:k + group] for k in range(0, len(mine), group)])
+    test_loader = load(
+        test, batch_sampler=[mine[k : k + group] for k in range(0, len(mine), group)])
 
     # -----------------------------------------------------------------------------------------
     # Model: from a finetuned checkpoint, from pretrained ones, or from scratch
@@ -424,25 +506,22 @@ if __name__ == "__main__":
             say(f"wrote {args.embed}")
             sys.exit()
         if not isinstance(model, avmae.Classifier):
-            raise data.UserError(f"{args.eval} is a pretrained model, which knows no labels: finetune it with --init")
+            raise data.UserError(
+                f"{args.eval} is a pretrained model, which knows no labels: finetune it with --init"
+            )
         names = saved.get("names") or names
         if sum(model.config.classes) != sum(classes) and not args.predict:
-            raise data.UserError(f"{args.eval} tells {sum(model.config.classes)} classes apart, these clips have {sum(classes)}")
+            raise data.UserError(
+                f"{args.eval} tells {sum(model.config.classes)} classes apart, these clips have {sum(classes)}"
+            )
         classes = model.config.classes
     else:
         sources = [avmae.load(path, encoder="shared") for path in args.init]
-        trunk = "mbt" if args.model == "mbt" else sources[0].config.encoder if sources else args.encoder
-        config = avmae.ClassifierConfig(
-            modalities=modalities, size=SIZES[args.size], trunk=trunk, fusion_layer=args.fusion_layer,
-            bottlenecks=args.bottlenecks, classes=classes, segments=10 if args.task == "ave" else 1,
-            joint_layers=sources[0].config.joint_layers if sources else args.joint_layers,
-            shape={"video": (args.frames, args.image, args.image), "audio": (round(args.seconds * 100), args.mels)},
-            patch={"video": tuple(args.tubelet), "audio": tuple(args.audio_patch)},
-            norm=sources[0].config.norm if sources else avmae.Inputs().norm,
-            modality_tokens=trunk != "mbt" and any(s.config.modality_tokens for s in sources))
+        config = config_of(args, classes, sources)
         model = avmae.Classifier(config)
         for source, path in zip(sources, args.init):
-            taken, fresh = avmae.transfer(source, model, source.config.modalities if len(sources) > 1 else None)
+            taken, fresh = avmae.transfer(
+                source, model, source.config.modalities if len(sources) > 1 else None)
             say(f"from {path}: {', '.join(taken)}")
             say(f"fresh: {', '.join(fresh)}")
     model.to(device)
@@ -451,12 +530,15 @@ if __name__ == "__main__":
         model.trunk.requires_grad_(False)
     if args.dry_run:
         with torch.device("meta"):
-            clip = {m: torch.zeros(1, *model.config.shape[m], *([3] if m == "video" else [])) for m in modalities}
+            clip = {
+                m: torch.zeros(1, *model.config.shape[m], *([3] if m == "video" else []))
+                for m in modalities}
             counter = FlopCounterMode(display=False)
             with counter:
                 sum(x.sum() for x in avmae.Classifier(model.config)(clip).values()).backward()
         say(json.dumps(vars(args), indent=1))
-        say(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        say(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{counter.get_total_flops() / 1e9:.2f} GFLOP a clip, forward and backward")
         sys.exit()
 
@@ -466,16 +548,22 @@ if __name__ == "__main__":
         metrics = metrics_of(args.task, logits, labels, classes)
         for name, reason in dict(bad).items():
             say(f"unreadable, left out: {name}: {reason}")
-        say(", ".join(f"{k} {v:.4f}" for k, v in metrics.items()) + f" of {len(index)} clips, {len(dict(bad))} unreadable")
+        say(
+            ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+            + f" of {len(index)} clips, {len(dict(bad))} unreadable")
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            about = {"metrics": metrics, "clips": len(index), "unreadable": len(dict(bad)), "checkpoint": str(source)}
-            (out / "results.json").write_text(json.dumps(about | {"settings": vars(args)}, indent=1))
+            about = {
+                "metrics": metrics, "clips": len(index), "unreadable": len(dict(bad)),
+                "checkpoint": str(source)}
+            (out / "results.json").write_text(
+                json.dumps(about | {"settings": vars(args)}, indent=1))
         if rank == 0 and args.predictions:
             with open(args.predictions, "w", newline="") as file:
                 for i, x in zip(index.tolist(), logits):
                     tops = names_and_scores(x, args.task, classes, names)
-                    csv.writer(file).writerow([test.name(i), *(cell for top in tops for pair in top for cell in pair)])
+                    csv.writer(file).writerow(
+                        [test.name(i), *(cell for top in tops for pair in top for cell in pair)])
         return metrics
 
     if args.predict:
@@ -483,13 +571,17 @@ if __name__ == "__main__":
         if clip["bad"] and len(modalities) == 2:
             say(f"{args.predict}: {clip['bad'][0][1]}; trying the picture alone")
             clip = data.Clips(test.index, window, ("video",), views=args.views)[0, 0]
-        elif "audio" in clip and (clip["audio"] <= math.log(2 * data.MEL_OFFSET)).all() and len(modalities) == 2:
+        elif (
+            "audio" in clip
+            and (clip["audio"] <= math.log(2 * data.MEL_OFFSET)).all()
+            and len(modalities) == 2):
             say(f"{args.predict}: silent; the picture alone is used")
             del clip["audio"]
         if clip["bad"]:
             raise data.UserError(f"{args.predict}: {clip['bad'][0][1]}")
         with torch.no_grad(), autocast():
-            logits = predict(model.eval(), to_device(data.collate([clip]), device), args.views)[0].cpu()
+            logits = predict(model.eval(), to_device(data.collate([clip]), device), args.views)[
+                0].cpu()
         for top in names_and_scores(logits, args.task, classes, names):
             say("  ".join(f"{name} {score:.3f}" for name, score in top))
         sys.exit()
@@ -520,7 +612,8 @@ if __name__ == "__main__":
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     net = torch.compile(model, fullgraph=True) if args.compile else model
     if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device.index] if device.index is not None else None)
+        net = torch.nn.parallel.DistributedDataParallel(
+            net, device_ids=[device.index] if device.index is not None else None)
     log = out / "log.jsonl"
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -534,17 +627,25 @@ if __name__ == "__main__":
     def crossed(step, epochs):
         """Whether a multiple of so many epochs lies in the log interval that ends at `step`."""
         every = max(1, round(epochs * steps_per_epoch))
-        return epochs > 0 and (step // every > max(0, step - args.log_every) // every or step == steps)
+        return epochs > 0 and (
+            step // every > max(0, step - args.log_every) // every or step == steps)
 
     def rows_of(tensors, first, count):
         """Rows of a process's micro-batch of what was drawn for the global batch."""
         at = rank * local + first
-        return {m: x[:, :, at:at + count].to(device, non_blocking=True) for m, x in tensors.items()}
+        return {
+            m: x[:, :, at : at + count].to(device, non_blocking=True) for m, x in tensors.items()}
 
     # -----------------------------------------------------------------------------------------
     # The loop
 
-    loader = iter(load(train, batch_sampler=data.Batches(len(train), args.batch, args.seed, start, steps, rank, world)))
+    loader = iter(
+        load(
+            train,
+            batch_sampler=data.Batches(
+                len(train), args.batch, args.seed, start, steps, rank, world),
+        )
+    )
     bar = tqdm(total=steps, initial=start, disable=None if rank == 0 else True)
     history, named, drawn, unreadable, streak = [], set(), 0, 0, 0
     waited, since = 0.0, time.monotonic()
@@ -562,24 +663,32 @@ if __name__ == "__main__":
         inputs = to_device(batch, device)
         target = targets_of(args.task, batch["label"].to(device), classes)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        keep = avmae.draw_keep(drop, model.config.size.layers, modalities, args.batch, generator) if drop else None
+        keep = (
+            avmae.draw_keep(drop, model.config.size.layers, modalities, args.batch, generator)
+            if drop
+            else None)
         total = 0
         for k in range(0, local, micro):
-            part = {m: x[k:k + micro] for m, x in inputs.items()}
-            labels = {m: target[k:k + micro] for m in part}
+            part = {m: x[k : k + micro] for m, x in inputs.items()}
+            labels = {m: target[k : k + micro] for m in part}
             if alpha:
                 draw = np.random.default_rng([args.seed, step, (rank * local + k) // micro])
-                part = {m: x * (2 / 255) - 1 if x.dtype == torch.uint8 else x for m, x in part.items()}
-                part, labels = mixup(part, labels[modalities[0]], {m: draw.beta(alpha, alpha) for m in modalities})
+                part = {
+                    m: x * (2 / 255) - 1 if x.dtype == torch.uint8 else x for m, x in part.items()}
+                part, labels = mixup(
+                    part, labels[modalities[0]], {m: draw.beta(alpha, alpha) for m in modalities})
             with net.no_sync() if world > 1 and k + micro < local else nullcontext():
                 with autocast():
                     logits = net(part, rows_of(keep, k, micro) if keep else None)
-                loss = classification_loss(logits, labels, "sigmoid" if args.task == "many" else "softmax",
-                                           args.smoothing, classes if args.task == "epic" else None)
+                loss = classification_loss(
+                    logits, labels, "sigmoid" if args.task == "many" else "softmax", args.smoothing,
+                    classes if args.task == "epic" else None)
                 (loss * (micro / local)).backward()
             total = total + loss.detach() * (micro / local)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-        optimizer.found_inf = (~norm.isfinite()).float()  # the fused step is not taken then, without a sync
+        optimizer.found_inf = (
+            ~norm.isfinite()
+        ).float()  # the fused step is not taken then, without a sync
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(step, peak, warmup, steps)
         optimizer.step()
@@ -594,35 +703,44 @@ if __name__ == "__main__":
         for (at, _, index), (_, gradient) in zip(history, values.tolist()):
             streak = 0 if math.isfinite(gradient) else streak + 1
             if streak:
-                bar.write(f"step {at} is not finite and was not applied; its clips: "
-                          + ", ".join(train.name(i) for i in index.tolist()))
+                bar.write(
+                    f"step {at} is not finite and was not applied; its clips: "
+                    + ", ".join(train.name(i) for i in index.tolist()))
         finite = values[values[:, -1].isfinite()]
         mean = finite.mean(0) if len(finite) else values[0]
-        shared = torch.stack([mean[0], *torch.tensor([bool(stop), waited, drawn, unreadable]).to(mean)])
+        shared = torch.stack(
+            [mean[0], *torch.tensor([bool(stop), waited, drawn, unreadable]).to(mean)])
         if world > 1:
             dist.all_reduce(shared)
         mean_loss, stopped, waited, all_drawn, all_unreadable = shared.tolist()
         seconds = time.monotonic() - since
-        line = {"step": done, "epoch": done / steps_per_epoch, "loss": mean_loss / world,
-                "lr": learning_rate(step, peak, warmup, steps), "grad_norm": mean[1].item(),
-                "clips_per_s": len(history) * args.batch / seconds, "waiting": waited / world / seconds,
-                "seconds_left": seconds / len(history) * (steps - done), "unreadable": int(all_unreadable)}
+        line = {
+            "step": done, "epoch": done / steps_per_epoch, "loss": mean_loss / world,
+            "lr": learning_rate(step, peak, warmup, steps), "grad_norm": mean[1].item(),
+            "clips_per_s": len(history) * args.batch / seconds, "waiting": waited / world / seconds,
+            "seconds_left": seconds / len(history) * (steps - done),
+            "unreadable": int(all_unreadable)}
         if rank == 0:
             with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
             bar.write(" ".join(f"{k} {v:.4g}" for k, v in line.items()))
         if streak >= 3:
-            raise data.UserError(f"{streak} steps in a row were not finite: {last} holds the state before them; lower --lr")
-        if all_drawn >= min(len(train), 1000) and all_unreadable > args.max_bad * (all_drawn + all_unreadable):
-            raise data.UserError(f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be read, more "
-                                 f"than --max-bad {args.max_bad:g}: run python data.py check on the folder")
+            raise data.UserError(
+                f"{streak} steps in a row were not finite: {last} holds the state before them; lower --lr"
+            )
+        if all_drawn >= min(len(train), 1000) and all_unreadable > args.max_bad * (
+            all_drawn + all_unreadable):
+            raise data.UserError(
+                f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be read, more "
+                f"than --max-bad {args.max_bad:g}: run python data.py check on the folder")
         tested = crossed(done, args.eval_every)
         metrics = test_now(last) if tested else {}
         better = tested and next(iter(metrics.values())) > best_metric
         best_metric = next(iter(metrics.values())) if better else best_metric
         if rank == 0 and (stopped or tested or crossed(done, args.save_every)):
-            state = dict(config=avmae.describe(model.config), model=model.state_dict(), names=names,
-                         settings=vars(args), step=done, best=best_metric, metrics=metrics)
+            state = dict(
+                config=avmae.describe(model.config), model=model.state_dict(), names=names,
+                settings=vars(args), step=done, best=best_metric, metrics=metrics)
             save(last, **state, optimizer=optimizer.state_dict())
             if better:
                 save(best, **state)

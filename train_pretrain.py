@@ -85,33 +85,16 @@ SETTINGS = {  # name: (default, what it is)
 }
 PRESETS = {
     "demo": dict(
-        size="demo",
-        frames=8,
-        frame_step=0.32,
-        image=32,
-        tubelet=(2, 8, 8),
-        seconds=2.56,
-        mels=32,
-        epochs=10,
-        batch=32,
-        lr=2.4e-2,
-        warmup=0.5, video_norm=(-0.49, 0.43), audio_norm=(0.2, 1.6),
-        mask_video=0.6,
-        mask_audio=0.5,
-        eval_every=5.0,
-    ),
+        size="demo", frames=8, frame_step=0.32, image=32, tubelet=(2, 8, 8), seconds=2.56, mels=32,
+        epochs=10, batch=32, lr=2.4e-2, warmup=0.5, video_norm=(-0.46, 0.47), audio_norm=(0.2, 1.6),
+        mask_video=0.6, mask_audio=0.5, eval_every=5.0),
     "vggsound": dict(size="large", encoder="separate"),
     "audioset": dict(size="large", lr=3e-4, epochs=120, seconds=10.0, mask_audio=0.7),
 }
 SIZES = avmae.SIZES | {"demo": (avmae.Size(96, 3, 3, 384), avmae.Size(64, 2, 2, 256))}
 CHOICES = {
-    "encoder": tuple(avmae.PLANS),
-    "decoder": tuple(avmae.PLANS),
-    "objective": tuple(avmae.CONTEXT),
-    "modalities": avmae.MODALITIES,
-    "size": tuple(SIZES),
-    "preset": tuple(PRESETS),
-}
+    "encoder": tuple(avmae.PLANS), "decoder": tuple(avmae.PLANS), "objective": tuple(avmae.CONTEXT),
+    "modalities": avmae.MODALITIES, "size": tuple(SIZES), "preset": tuple(PRESETS)}
 FREE = {
     "out",
     "init",
@@ -134,28 +117,21 @@ FREE = {
 def parse(argv=None):
     """The settings of a command line, a namespace."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--preset", default="demo", choices=PRESETS, help="the recipe of a data set"
-    )
+        "--preset", default="demo", choices=PRESETS, help="the recipe of a data set")
     for name, (default, text) in SETTINGS.items():
         kind = (
             {"nargs": len(default), "type": type(default[0])}
             if isinstance(default, tuple)
-            else {"type": type(default)}
-        )
+            else {"type": type(default)})
         if name == "modalities":
             kind["nargs"] = "+"
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(
-            "--" + name.replace("_", "-"),
-            default=default,
-            help=text,
-            choices=CHOICES.get(name),
-            **kind,
-        )
+            "--" + name.replace("_", "-"), default=default, help=text, choices=CHOICES.get(name),
+            **kind)
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[known.preset])
     if known.evaluate:  # as it was trained
@@ -169,12 +145,8 @@ def configs(args):
     """The settings as the model's config and the data's window."""
     encoder, decoder = SIZES[args.size]
     window = data.Window(
-        frames=args.frames,
-        step=args.frame_step,
-        size=args.image,
-        seconds=args.seconds,
-        mels=args.mels,
-    )
+        frames=args.frames, step=args.frame_step, size=args.image, seconds=args.seconds,
+        mels=args.mels)
     config = avmae.PretrainConfig(
         modalities=tuple(args.modalities),
         size=encoder,
@@ -185,8 +157,7 @@ def configs(args):
         joint_layers=args.joint_layers,
         shape={
             "video": (args.frames, args.image, args.image),
-            "audio": (round(args.seconds * 100), args.mels),
-        },
+            "audio": (round(args.seconds * 100), args.mels)},
         patch={"video": tuple(args.tubelet), "audio": tuple(args.audio_patch)},
         norm={"video": tuple(args.video_norm), "audio": tuple(args.audio_norm)},
         mask={"video": args.mask_video, "audio": args.mask_audio},
@@ -208,8 +179,7 @@ def decay_groups(model, weight_decay):
     params = list(model.parameters())
     return [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
 
 
 def masks_of(model, args, step, rows):
@@ -244,8 +214,7 @@ def evaluate(model, loader, device, autocast, seed=0):
             losses = model(inputs, masks).losses
             for i, key in enumerate(keys):
                 others = {
-                    m: x if m == key.split("_")[0] else x.roll(1, 0) for m, x in inputs.items()
-                }
+                    m: x if m == key.split("_")[0] else x.roll(1, 0) for m, x in inputs.items()}
                 swapped = model(others, masks).losses[key]
                 sums[2 * i : 2 * i + 2] += count * torch.stack([losses[key], swapped]).double()
         sums[-1] += count
@@ -291,15 +260,12 @@ def draw(model, inputs, path):
             variance, mean = torch.var_mean(goal, dim=-1, correction=0, keepdim=True)
             prediction = prediction * (variance + 1e-6).sqrt() + mean
         seen = torch.zeros_like(original).scatter(
-            1, _spread(out.masks[0][m], original), avmae.take(original, out.masks[0][m])
-        )
+            1, _spread(out.masks[0][m], original), avmae.take(original, out.masks[0][m]))
         rebuilt = (original if key == m else torch.zeros_like(original)).scatter(
-            1, _spread(out.places[key], original), prediction
-        )
+            1, _spread(out.places[key], original), prediction)
         rows = [
             avmae.unpatchify(x, m, embed.patch, shape) * embed.norm[1] + embed.norm[0]
-            for x in (original, seen, rebuilt)
-        ]
+            for x in (original, seen, rebuilt)]
         save_image(_video_sheet(rows) if m == "video" else _audio_sheet(rows), f"{path}_{key}.png")
     model.train()
 
@@ -351,13 +317,11 @@ def same_settings(old, new):
     differ = [
         f"{k} is {old.get(k)!r} there and {v!r} here"
         for k, v in new.items()
-        if k not in FREE and old.get(k) != v
-    ]
+        if k not in FREE and old.get(k) != v]
     if differ:
         raise data.UserError(
             f"{new['out']} holds a run with other settings: {'; '.join(differ[:3])}. "
-            "Choose another folder with --out"
-        )
+            "Choose another folder with --out")
 
 
 def one_sentence(kind, error, trace):
@@ -387,12 +351,10 @@ if __name__ == "__main__":
     if args.batch % world or local % micro:
         raise data.UserError(
             f"a batch of {args.batch} is not divided by {world} processes x {micro} clips "
-            "a forward pass: change --batch or --micro-batch"
-        )
+            "a forward pass: change --batch or --micro-batch")
     native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     autocast = (
-        functools.partial(torch.autocast, "cuda", torch.bfloat16) if native_bf16 else nullcontext
-    )
+        functools.partial(torch.autocast, "cuda", torch.bfloat16) if native_bf16 else nullcontext)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_, **__: None
@@ -404,8 +366,7 @@ if __name__ == "__main__":
         clips = (
             data.read_annotations(args.annotations, args.data, "train")
             if args.annotations
-            else data.find_clips(args.data)
-        )
+            else data.find_clips(args.data))
         held = data.held_out(clips)
         held_out = data.find_clips(args.val) if args.val else clips.subset(held)
         train = data.fraction_of(clips if args.val else clips.subset(~held), args.fraction)
@@ -413,20 +374,17 @@ if __name__ == "__main__":
         held_out = data.Clips(held_out, window, config.modalities)
     else:
         train = data.Builtin(
-            round(args.clips * args.fraction), window, args.seed, config.modalities
-        )
+            round(args.clips * args.fraction), window, args.seed, config.modalities)
         held_out = data.Builtin(256, window, args.seed + 1_000_000, config.modalities)
     steps_per_epoch = max(1, len(train) // args.batch)
     steps, warmup = args.epochs * steps_per_epoch, args.warmup * steps_per_epoch
     cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = args.workers if args.workers >= 0 else (max(1, cpus - 1) if args.data else 0)
     load = functools.partial(
-        DataLoader, collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda"
-    )
+        DataLoader, collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda")
     mine = [(0, i) for i in range(rank, len(held_out), world)]
     held_loader = load(
-        held_out, batch_sampler=[mine[k : k + micro] for k in range(0, len(mine), micro)]
-    )
+        held_out, batch_sampler=[mine[k : k + micro] for k in range(0, len(mine), micro)])
 
     # -----------------------------------------------------------------------------------------
     # Model, and where we are
@@ -436,8 +394,7 @@ if __name__ == "__main__":
             model = avmae.AVMAE(config)
             inputs = {
                 m: torch.zeros(1, *config.shape[m], *([3] if m == "video" else []))
-                for m in config.modalities
-            }
+                for m in config.modalities}
             counter = FlopCounterMode(display=False)
             with counter:
                 model(
@@ -453,8 +410,7 @@ if __name__ == "__main__":
         say(f"{counter.get_total_flops() / 1e9:.2f} GFLOP a clip, forward and backward")
         say(
             f"{len(train)} training clips, {len(held_out)} held out; {steps} steps, {steps_per_epoch} an epoch; "
-            f"{args.batch} clips a step = {world} processes x {local // micro} passes x {micro}"
-        )
+            f"{args.batch} clips a step = {world} processes x {local // micro} passes x {micro}")
         sys.exit()
 
     out = pathlib.Path(args.out)
@@ -474,8 +430,7 @@ if __name__ == "__main__":
     else:
         model = avmae.AVMAE(config).to(device)
     optimizer = torch.optim.AdamW(
-        decay_groups(model, args.weight_decay), betas=(0.9, 0.95), eps=1e-8, fused=True
-    )
+        decay_groups(model, args.weight_decay), betas=(0.9, 0.95), eps=1e-8, fused=True)
     start = 0
     if args.evaluate:
         start = steps
@@ -488,8 +443,7 @@ if __name__ == "__main__":
         say(f"resuming {last} at step {start} of {steps}")
     elif args.init:
         initial = avmae.load(
-            args.init, encoder=args.encoder, decoder=args.decoder, objective=args.objective
-        )
+            args.init, encoder=args.encoder, decoder=args.decoder, objective=args.objective)
         try:
             model.load_state_dict(initial.state_dict())
         except RuntimeError as error:
@@ -503,8 +457,7 @@ if __name__ == "__main__":
     net = torch.compile(model, fullgraph=True) if args.compile else model
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(
-            net, device_ids=[device.index] if device.index is not None else None
-        )
+            net, device_ids=[device.index] if device.index is not None else None)
 
     # -----------------------------------------------------------------------------------------
     # Log, schedule and saving
@@ -525,8 +478,7 @@ if __name__ == "__main__":
         """Whether a multiple of so many epochs lies in the log interval that ends at `step`."""
         every = max(1, round(epochs * steps_per_epoch))
         return epochs > 0 and (
-            step // every > max(0, step - args.log_every) // every or step == steps
-        )
+            step // every > max(0, step - args.log_every) // every or step == steps)
 
     def held_out_errors(step):
         errors = evaluate(model, held_loader, device, autocast)
@@ -534,8 +486,7 @@ if __name__ == "__main__":
             with open(log, "a") as file:
                 file.write(
                     json.dumps({"step": step, "held_out": {k: e for k, (e, _) in errors.items()}})
-                    + "\n"
-                )
+                    + "\n")
             (out / "pictures").mkdir(exist_ok=True)
             few = data.collate([held_out[0, i] for i in range(min(4, len(held_out)))])
             draw(model, to_device(few, device), out / "pictures" / f"{step:07d}")
@@ -548,8 +499,7 @@ if __name__ == "__main__":
         load(
             train,
             batch_sampler=data.Batches(
-                len(train), args.batch, args.seed, start, steps, rank, world
-            ),
+                len(train), args.batch, args.seed, start, steps, rank, world),
         )
     )
     bar = tqdm(total=steps, initial=start, disable=None if rank == 0 else True)
@@ -569,11 +519,9 @@ if __name__ == "__main__":
 
         inputs, masks = (
             to_device(batch, device),
-            masks_of(model, args, step, slice(rank * local, (rank + 1) * local)),
-        )
+            masks_of(model, args, step, slice(rank * local, (rank + 1) * local)))
         masks = [
-            {m: ids.to(device, non_blocking=True) for m, ids in part.items()} for part in masks
-        ]
+            {m: ids.to(device, non_blocking=True) for m, ids in part.items()} for part in masks]
         losses = 0
         for k in range(0, local, micro):
             rows = slice(k, k + micro)
@@ -582,8 +530,7 @@ if __name__ == "__main__":
                 with autocast():
                     result = net(
                         {m: x[rows] for m, x in inputs.items()},
-                        tuple({m: ids[rows] for m, ids in part.items()} for part in masks),
-                    )
+                        tuple({m: ids[rows] for m, ids in part.items()} for part in masks))
                 (result.loss * (micro / local)).backward()
             losses = losses + torch.stack(list(result.losses.values())).detach() * (micro / local)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -605,26 +552,20 @@ if __name__ == "__main__":
             streak = 0 if math.isfinite(row[-1]) else streak + 1
             if streak:
                 wrong = [k for k, x in zip(result.losses, row) if not math.isfinite(x)] or [
-                    "gradient"
-                ]
+                    "gradient"]
                 bar.write(
                     f"step {at} is not finite in {', '.join(wrong)} and was not applied; its clips: "
-                    + ", ".join(train.name(i) for i in index.tolist())
-                )
+                    + ", ".join(train.name(i) for i in index.tolist()))
         finite = values[values[:, -1].isfinite()]
         mean = finite.mean(0) if len(finite) else values[0]
         shared = torch.cat(
-            [mean[:-1], torch.tensor([bool(stop), waited, drawn, unreadable]).to(mean)]
-        )
+            [mean[:-1], torch.tensor([bool(stop), waited, drawn, unreadable]).to(mean)])
         if world > 1:
             dist.all_reduce(shared)
         *mean_losses, stopped, waited, all_drawn, all_unreadable = shared.tolist()
         seconds = time.monotonic() - since
         line = {
-            "step": done,
-            "epoch": done / steps_per_epoch,
-            "loss": 0.5 * sum(mean_losses) / world,
-        }
+            "step": done, "epoch": done / steps_per_epoch, "loss": 0.5 * sum(mean_losses) / world}
         line |= {f"loss_{k}": x / world for k, x in zip(result.losses, mean_losses)}
         line |= {
             "lr": optimizer.param_groups[0]["lr"],
@@ -634,8 +575,7 @@ if __name__ == "__main__":
             "memory_gb": (
                 torch.cuda.max_memory_allocated()
                 if device.type == "cuda"
-                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            )
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             / 1e9,
             "seconds_left": seconds / len(history) * (steps - done),
             "unreadable": int(all_unreadable),
@@ -649,8 +589,7 @@ if __name__ == "__main__":
                 f"{streak} steps in a row were not finite: {last} holds the state before them; lower --lr"
             )
         if all_drawn >= min(len(train), 1000) and all_unreadable > args.max_bad * (
-            all_drawn + all_unreadable
-        ):
+            all_drawn + all_unreadable):
             raise data.UserError(
                 f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be read, more than "
                 f"--max-bad {args.max_bad:g}: see {out / 'unreadable.txt'}, or run python data.py check"
@@ -658,12 +597,8 @@ if __name__ == "__main__":
         if stopped or crossed(done, args.save_every) or crossed(done, args.keep_every):
             if rank == 0:
                 state = dict(
-                    config=avmae.describe(config),
-                    model=model.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    step=done,
-                    settings=vars(args),
-                )
+                    config=avmae.describe(config), model=model.state_dict(),
+                    optimizer=optimizer.state_dict(), step=done, settings=vars(args))
                 saved = save(last, **state)
                 if crossed(done, args.keep_every):
                     save(out / f"epoch_{done / steps_per_epoch:g}.pt", **state)
@@ -674,8 +609,7 @@ if __name__ == "__main__":
             errors = held_out_errors(done)
             bar.write(
                 f"held out at step {done}: "
-                + ", ".join(f"{k} {e:.4f}" for k, (e, _) in errors.items())
-            )
+                + ", ".join(f"{k} {e:.4f}" for k, (e, _) in errors.items()))
         history, waited, since = [], 0.0, time.monotonic()
     bar.close()
 
@@ -685,17 +619,13 @@ if __name__ == "__main__":
     errors = held_out_errors(steps)
     if rank == 0:
         few = load(
-            train, batch_sampler=data.Batches(len(train), min(64, len(train)), args.seed, 0, 8)
-        )
+            train, batch_sampler=data.Batches(len(train), min(64, len(train)), args.seed, 0, 8))
         constant = constant_error(
-            model.cpu(),
-            few,
-            load(held_out, batch_sampler=[[(0, i)] for i in range(min(256, len(held_out)))]),
-        )
+            model.cpu(), few,
+            load(held_out, batch_sampler=[[(0, i)] for i in range(min(256, len(held_out)))]))
         print(
             "held-out error: mean squared, as a share of the best constant prediction's, and by how much "
-            "it is lower than with another clip's other modality"
-        )
+            "it is lower than with another clip's other modality")
         for key, (error, swapped) in errors.items():
             base = constant[key.split("_")[0]]
             print(

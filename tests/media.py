@@ -1,15 +1,20 @@
 """Writes real video files whose picture and sound tell the time."""
+
 from fractions import Fraction
 
 import av
 import numpy as np
 
-COARSE, FINE = 20, 200  # grey levels a second, from 16: of the upper half; of the lower, from each second on
+COARSE, FINE = (
+    20,
+    200,
+)  # grey levels a second, from 16: of the upper half; of the lower, from each second on
 
 
-def write(path, seconds=4.0, fps=25, rate=44_100, layout="stereo", size=(64, 48), start=0.0,
-          audio_start=0.0, audio_seconds=None, times=None, clicks=(1.0, 2.5), video=True, audio=True,
-          codec="libx264", audio_codec="aac"):
+def write(
+    path, seconds=4.0, fps=25, rate=44_100, layout="stereo", size=(64, 48), start=0.0,
+    audio_start=0.0, audio_seconds=None, times=None, clicks=(1.0, 2.5), video=True, audio=True,
+    codec="libx264", audio_codec="aac"):
     """Frames whose upper half is as bright as the time is late, and whose lower half starts again
     each second: see `times_of`. A click of 4 ms is heard at each of `clicks` (s).
 
@@ -27,7 +32,7 @@ def write(path, seconds=4.0, fps=25, rate=44_100, layout="stereo", size=(64, 48)
         if video:
             for t in np.arange(round(seconds * fps)) / fps if times is None else times:
                 image = np.full((size[1], size[0], 3), round(16 + FINE * (t % 1)), np.uint8)
-                image[:size[1] // 2] = round(16 + COARSE * t)
+                image[: size[1] // 2] = round(16 + COARSE * t)
                 frame = av.VideoFrame.from_ndarray(image, format="rgb24")
                 frame.pts, frame.time_base = round((t + start) * 60_000), Fraction(1, 60_000)
                 container.mux(picture.encode(frame))
@@ -38,15 +43,19 @@ def write(path, seconds=4.0, fps=25, rate=44_100, layout="stereo", size=(64, 48)
             for click in clicks:
                 first = round((click - audio_start) * rate)
                 if 0 <= first < len(wave):
-                    wave[first:first + rate // 250] = 0.8 * (-1) ** (np.arange(rate // 250)[:len(wave) - first] // 8)
+                    wave[first : first + rate // 250] = 0.8 * (-1) ** (
+                        np.arange(rate // 250)[: len(wave) - first] // 8)
             frame_format = "s16" if audio_codec.startswith("pcm") else "fltp"
             for k in range(0, len(wave), 1024):
-                part = wave[k:k + 1024]
+                part = wave[k : k + 1024]
                 if frame_format == "s16":
-                    block = (np.repeat(part[:, None], sound.channels, 1).reshape(1, -1) * 32767).astype(np.int16)
+                    block = (
+                        np.repeat(part[:, None], sound.channels, 1).reshape(1, -1) * 32767
+                    ).astype(np.int16)
                 else:
                     block = np.repeat(part[None], sound.channels, 0)
-                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format=frame_format, layout=layout)
+                frame = av.AudioFrame.from_ndarray(
+                    np.ascontiguousarray(block), format=frame_format, layout=layout)
                 frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
                 frame.pts = k + round((start + audio_start) * rate)
                 container.mux(sound.encode(frame))
@@ -56,11 +65,15 @@ def write(path, seconds=4.0, fps=25, rate=44_100, layout="stereo", size=(64, 48)
 
 def times_of(video):
     """(T, H, W, 3) -> the times (T,) that frames of `write` show, s."""
-    coarse, fine = (np.asarray(video)[:, row].reshape(len(video), -1).mean(1) - 16 for row in (0, -1))
+    coarse, fine = (
+        np.asarray(video)[:, row].reshape(len(video), -1).mean(1) - 16 for row in (0, -1))
     return np.round(coarse / COARSE - fine / FINE) + fine / FINE
 
 
 def clicks_of(sound):
     """Onsets in a waveform (S,) at 16 kHz, s."""
     loud = np.flatnonzero(np.abs(sound) > 0.25)
-    return loud[np.flatnonzero(np.diff(loud, prepend=-10_000) > 1600)] / 16_000 if len(loud) else np.zeros(0)
+    return (
+        loud[np.flatnonzero(np.diff(loud, prepend=-10_000) > 1600)] / 16_000
+        if len(loud)
+        else np.zeros(0))

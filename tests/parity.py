@@ -8,7 +8,6 @@ The kind of a file is told by its `config_json`, else by its name.
 import argparse
 import json
 import pathlib
-import re
 import sys
 
 import numpy as np
@@ -22,11 +21,8 @@ GRADIENT_BOUND = 1e-4
 KEY_BIAS_BOUND = 1e-6  # of the global norm: this gradient is exactly 0
 OURS = {"rgb": "video", "spectrogram": "audio"}
 ENCODERS = {
-    "separate_encoders": "separate",
-    "concat_and_encode": "early",
-    "same_encoder": "shared",
-    "separate_encoders_and_concat": "mid",
-}
+    "separate_encoders": "separate", "concat_and_encode": "early", "same_encoder": "shared",
+    "separate_encoders_and_concat": "mid"}
 DECODERS = {"same_decoder": "shared", "separate_decoders": "separate", "concat_and_decode": "early"}
 
 
@@ -53,8 +49,7 @@ def model_of(file, dtype, **assume):
     config = avmae.configure(checkpoint["config"])
     shape = {
         m: tuple(x.shape[1:4] if m == "video" else x.shape[1:])
-        for m, x in inputs_of(file, dtype).items()
-    }
+        for m, x in inputs_of(file, dtype).items()}
     config = avmae.replace(config, shape={**config.shape, **shape})
     return config, checkpoint["model"]
 
@@ -66,14 +61,12 @@ def gradient_errors(model, file, prefix, first=None):
     scale = {
         "grad": file[f"{prefix}grad_global_norm"]
         if f"{prefix}grad_global_norm" in file.files
-        else file[f"grad{prefix}/global_norm"]
-    }["grad"]
+        else file[f"grad{prefix}/global_norm"]}["grad"]
     yield "global gradient norm", abs(total - scale) / max(1.0, scale), GRADIENT_BOUND
     norms_at, full_at = (
         (f"{prefix}gradnorm", f"{prefix}grad/")
         if first
-        else (f"gradnorm{prefix}", f"grad{prefix}/")
-    )
+        else (f"gradnorm{prefix}", f"grad{prefix}/"))
 
     def ours(path):
         name, slot = avmae.official_name(path, first)
@@ -93,8 +86,7 @@ def gradient_errors(model, file, prefix, first=None):
             continue
         kernel = file[f"params/{path}"]
         repeats = (
-            kernel.shape[2] ** 0.5 if kernel.ndim == 4 and str(path).startswith("embedding") else 1
-        )
+            kernel.shape[2] ** 0.5 if kernel.ndim == 4 and str(path).startswith("embedding") else 1)
         yield compare(f"|{path}|", abs(float(grad.norm()) * repeats - float(norm)), float(norm))
     for path, array in group(file, full_at).items():
         if path == "global_norm" or ours(path) is None:
@@ -103,8 +95,7 @@ def gradient_errors(model, file, prefix, first=None):
         theirs = avmae.official_tensor(path, torch.tensor(array)).double()
         mine = ours(path).double()
         yield compare(
-            path, float((mine.reshape(theirs.shape) - theirs).norm()), float(theirs.norm())
-        )
+            path, float((mine.reshape(theirs.shape) - theirs).norm()), float(theirs.norm()))
 
 
 def check_pretraining(path, file, dtype):
@@ -119,20 +110,15 @@ def check_pretraining(path, file, dtype):
         objective = (
             "inpaint_both"
             if len(targets) == 2
-            else f"{targets[0]}_from_{'audio' if targets == ['video'] else 'video'}"
-        )
+            else f"{targets[0]}_from_{'audio' if targets == ['video'] else 'video'}")
     config, state = model_of(file, dtype, encoder=encoder, decoder=decoder, objective=objective)
     masks = tuple(
         {OURS[k]: torch.tensor(v).long() for k, v in group(file, which).items()}
-        for which in ("unmasked_indices/", "masked_indices/")
-    )
+        for which in ("unmasked_indices/", "masked_indices/"))
     ratio = {m: masks[1][m].shape[1] / config.tokens(m) for m in masks[1]}
     config = avmae.replace(
-        config,
-        mask={**config.mask, **{m: r + 1e-9 for m, r in ratio.items()}},
-        encoder=encoder,
-        decoder=decoder,
-    )
+        config, mask={**config.mask, **{m: r + 1e-9 for m, r in ratio.items()}}, encoder=encoder,
+        decoder=decoder)
     inputs = inputs_of(file, dtype)
     for name, standardise in ("raw", False), ("std", True):
         model = avmae.AVMAE(avmae.replace(config, standardise=standardise)).to(dtype)
@@ -144,10 +130,8 @@ def check_pretraining(path, file, dtype):
                 rows = avmae.take(torch.tensor(file[f"out/{theirs}"]), out.places[key])
                 yield f"predictions {key}", error(prediction, rows), OUTPUT_BOUND[dtype]
             yield (
-                f"loss {name} {key}",
-                error(0.5 * out.losses[key], file[f"loss_{name}/{theirs}"]),
-                OUTPUT_BOUND[dtype],
-            )
+                f"loss {name} {key}", error(0.5 * out.losses[key], file[f"loss_{name}/{theirs}"]),
+                OUTPUT_BOUND[dtype])
         yield f"loss {name}", error(out.loss, file[f"loss_{name}/total"]), OUTPUT_BOUND[dtype]
         out.loss.backward()
         yield from gradient_errors(model, file, f"_{name}")
@@ -179,16 +163,13 @@ def check_finetuning(path, file, dtype):
         alone.load_state_dict({k: v for k, v in state.items() if k != "trunk.bottleneck"})
         mean = torch.stack(list(alone(inputs).values())).mean(0)
         yield (
-            "logits without bottlenecks",
-            error(mean, file["out_test_without_bottlenecks/logits"]),
-            bound,
-        )
+            "logits without bottlenecks", error(mean, file["out_test_without_bottlenecks/logits"]),
+            bound)
     for kind in "softmax", "sigmoid":
         model.zero_grad()
         labels = {
             m: torch.tensor(file[f"{kind}/labels_{names[m]}"], dtype=dtype)
-            for m in config.modalities
-        }
+            for m in config.modalities}
         loss = train_finetune.classification_loss(model(inputs), labels, kind, smoothing=0.3)
         yield f"{kind} loss", error(loss, file[f"{kind}/loss"]), bound
         loss.backward()
@@ -197,10 +178,8 @@ def check_finetuning(path, file, dtype):
         onehot = {"all": torch.tensor(file[f"{kind}/labels_onehot"], dtype=dtype)}
         loss = train_finetune.classification_loss(mean, onehot, kind, smoothing=0.3)
         yield (
-            f"{kind} loss of mean logits",
-            error(loss, file[f"{kind}/eval_loss_fn_on_avg_logits"]),
-            bound,
-        )
+            f"{kind} loss of mean logits", error(loss, file[f"{kind}/eval_loss_fn_on_avg_logits"]),
+            bound)
 
 
 def check_stochastic_depth(model, inputs, file, names, bound):
@@ -213,10 +192,8 @@ def check_stochastic_depth(model, inputs, file, names, bound):
     logits = model(inputs, {m: patterns[:, i] for i, m in enumerate(modalities)})
     for m in modalities:
         yield (
-            f"stochastic depth logits {m}",
-            error(logits[m], file[f"droppath/logits_{names[m]}"]),
-            bound,
-        )
+            f"stochastic depth logits {m}", error(logits[m], file[f"droppath/logits_{names[m]}"]),
+            bound)
 
 
 def check(path, dtype):
@@ -237,12 +214,10 @@ def main():
             bad += sum(not e <= bound for _, e, bound in rows)
             print(
                 f"\n{path} in {str(dtype)[6:]}: {len(rows)} comparisons, "
-                f"{sum(not e <= bound for _, e, bound in rows)} above their bound"
-            )
+                f"{sum(not e <= bound for _, e, bound in rows)} above their bound")
             gradients = [r for r in rows if "/" in r[0]]
             for what, e, bound in [r for r in rows if r not in gradients] + sorted(
-                gradients, key=lambda r: -r[1] / r[2]
-            )[:5]:
+                gradients, key=lambda r: -r[1] / r[2])[:5]:
                 print(f"  {what:60s} {e:9.2e}  {'ok' if e <= bound else f'ABOVE {bound:.0e}'}")
     return int(bad > 0)
 

@@ -1,4 +1,5 @@
 """Clips: the right moments of real files, and what happens with the wrong files."""
+
 import os
 import subprocess
 import sys
@@ -28,10 +29,14 @@ def sound_of(path, start, stop):
 # ------------------------------------------------------------------------------------ reading by time
 
 
-@pytest.mark.parametrize("settings", [
-    dict(fps=25), dict(fps=30000 / 1001), dict(fps=12.5), dict(fps=60), dict(fps=24, start=1.4, audio=False),
-    dict(fps=25, audio_start=0.3), dict(fps=25, codec="mpeg4"),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(fps=25), dict(fps=30000 / 1001), dict(fps=12.5), dict(fps=60),
+        dict(fps=24, start=1.4, audio=False), dict(fps=25, audio_start=0.3),
+        dict(fps=25, codec="mpeg4")],
+    ids=str,
+)
 def test_the_frame_shown_at_a_time(tmp_path, settings):
     path, fps = media.write(tmp_path / "a.mp4", **settings), settings["fps"]
     times = np.array([0.0, 0.07, 0.16, 0.95, 1.61, 2.9, 3.5])
@@ -42,17 +47,39 @@ def test_the_frame_shown_at_a_time(tmp_path, settings):
 
 
 def test_a_variable_frame_rate(tmp_path):
-    stamps = np.cumsum([0, 0.04, 0.04, 0.3, 0.04, 0.04, 0.6, 0.1, 0.04, 0.04, 0.5, 0.04, 0.04, 0.04])
+    stamps = np.cumsum(
+        [0, 0.04, 0.04, 0.3, 0.04, 0.04, 0.6, 0.1, 0.04, 0.04, 0.5, 0.04, 0.04, 0.04])
     path = media.write(tmp_path / "a.mp4", times=stamps, seconds=2.0)
     times = [0.05, 0.37, 0.39, 1.0, 1.3, 1.6]
     expected = [stamps[stamps <= t + 1e-3].max() for t in times]
     assert np.abs(frames_at(path, times) - expected).max() < 0.06
 
 
-@pytest.mark.parametrize("settings", [
-    dict(), dict(rate=16_000, layout="mono"), dict(rate=48_000, layout="5.1"), dict(rate=8_000, layout="mono"),
-    dict(start=1.4, audio_codec="pcm_s16le"), dict(audio_start=0.4), dict(audio_codec="libmp3lame"),
-], ids=str)
+def test_pictures_that_a_phone_turned_are_put_upright(tmp_path):
+    path = media.write(tmp_path / "a.mp4", audio=False)
+    content = path.read_bytes()
+    at = content.index(b"tkhd") + 44
+    upright = {}
+    for turns, (a, b, c, d) in {
+        0: (1, 0, 0, 1), 1: (0, -1, 1, 0), 2: (-1, 0, 0, -1), 3: (0, 1, -1, 0)}.items():
+        matrix = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 14], np.int32) << 16
+        path.write_bytes(content[:at] + matrix.astype(">i4").tobytes() + content[at + 36 :])
+        with data.Media(path, ("video",)) as m:
+            (picture,) = m.frames(np.array([3.5]), lambda height, width: (height, width))
+        assert picture.shape == ((48, 64, 3) if turns % 2 == 0 else (64, 48, 3))
+        upright[turns] = np.rot90(picture, -turns)
+    for picture in upright.values():  # turned back, all are the same
+        assert np.abs(picture.astype(int) - upright[0]).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(), dict(rate=16_000, layout="mono"), dict(rate=48_000, layout="5.1"),
+        dict(rate=8_000, layout="mono"), dict(start=1.4, audio_codec="pcm_s16le"),
+        dict(audio_start=0.4), dict(audio_codec="libmp3lame")],
+    ids=str,
+)
 def test_the_samples_of_a_time(tmp_path, settings):
     path = media.write(tmp_path / ("a.mkv" if "start" in settings else "a.mp4"), **settings)
     found = media.clicks_of(sound_of(path, 0.0, 4.0))
@@ -62,7 +89,8 @@ def test_the_samples_of_a_time(tmp_path, settings):
 
 
 def test_sound_that_starts_late_is_missing_before(tmp_path):
-    path = media.write(tmp_path / "a.mkv", audio_start=0.5, audio_seconds=3.0, audio_codec="pcm_s16le")
+    path = media.write(
+        tmp_path / "a.mkv", audio_start=0.5, audio_seconds=3.0, audio_codec="pcm_s16le")
     missing = np.isnan(sound_of(path, 0.0, 4.0))
     assert missing[:7900].all() and not missing[8100:55_900].any() and missing[56_100:].all()
 
@@ -100,7 +128,9 @@ def test_test_windows_are_evenly_spaced(tmp_path):
     assert clip["video"].shape == (4, 8, 32, 32, 3) and clip["audio"].shape == (4, 128, 32)
     starts = [media.times_of(v)[0] for v in clip["video"]]
     assert np.abs(np.array(starts) - np.linspace(0, 6.0 - 1.28, 4)).max() < 0.06
-    last = (clip["audio"][3].amax(1) > 0).nonzero()[0].item() / 100  # audio of the last: 4.72 to 6 s
+    last = (clip["audio"][3].amax(1) > 0).nonzero()[
+        0
+    ].item() / 100  # audio of the last: 4.72 to 6 s
     assert abs(4.72 + last - 5.0) < 0.04
 
 
@@ -132,12 +162,16 @@ def zoo(folder, good):
         (folder / f"{name}.mp4").write_bytes(good)
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("not a video")
-    (folder / "cut.mp4").write_bytes(good[:len(good) // 2])
+    (folder / "cut.mp4").write_bytes(good[: len(good) // 2])
     media.write(folder / "mute.mp4", audio=False)
     media.write(folder / "blind.mp4", video=False)
     os.mkfifo(folder / "pipe.mp4")
     (folder / "folder.mp4").mkdir()
-    return {"empty.mp4", "text.mp4", "cut.mp4", "mute.mp4", "blind.mp4", "pipe.mp4"}
+    # playlists, which would show another file under their own name
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile a_good.mp4\n")
+    (folder / "stream.mp4").write_text(
+        "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\na_good.mp4\n#EXT-X-ENDLIST\n")
+    return {f"{n}.mp4" for n in ("empty", "text", "cut", "mute", "blind", "pipe", "list", "stream")}
 
 
 def test_bad_files_are_named_and_replaced_by_the_next(tmp_path, good):
@@ -149,14 +183,21 @@ def test_bad_files_are_named_and_replaced_by_the_next(tmp_path, good):
     for i in range(len(index)):
         clip = clips[0, i]
         named.update(clip["bad"])
-        assert clip["video"].shape == (8, 32, 32, 3) and index.name(clip["index"]).endswith("good.mp4")
+        assert clip["video"].shape == (8, 32, 32, 3) and index.name(clip["index"]).endswith(
+            "good.mp4")
         again = clips[0, i]
-        assert again["index"] == clip["index"] and again["video"].equal(clip["video"]) and again["audio"].equal(clip["audio"])
+        assert (
+            again["index"] == clip["index"]
+            and again["video"].equal(clip["video"])
+            and again["audio"].equal(clip["audio"]))
         own = clips[0, clip["index"]]  # what stands in is a clip as it is, not a mixture
         if clip["index"] == i:
             assert own["video"].equal(clip["video"]) and not clip["bad"]
     assert set(named) == bad
-    assert named["mute.mp4"] == "no audio track" and named["blind.mp4"] == "no picture" and named["pipe.mp4"] == "not a file"
+    assert (
+        named["mute.mp4"] == "no audio track"
+        and named["blind.mp4"] == "no picture"
+        and named["pipe.mp4"] == "not a file")
 
 
 def test_in_evaluation_nothing_takes_the_place_of_a_bad_file(tmp_path, good):
@@ -193,7 +234,8 @@ def test_a_picture_that_ends_early_is_bad_where_it_is_missing(tmp_path):
 
 
 def run(*args, cwd):
-    return subprocess.run([sys.executable, data.__file__, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, data.__file__, *map(str, args)], cwd=cwd, capture_output=True, text=True)
 
 
 def test_check_says_what_training_does(tmp_path, good):
@@ -203,17 +245,29 @@ def test_check_says_what_training_does(tmp_path, good):
     media.write(tmp_path / "still.mp4", seconds=9.0, times=[0, 8.9])
     ran = run("check", tmp_path, "--seconds", 1, cwd=tmp_path)
     assert ran.returncode == 1 and f"{len(bad)} bad" in ran.stdout and "Traceback" not in ran.stderr
-    said = {line.split(": ")[1]: line for line in ran.stdout.splitlines() if line.startswith(("bad", "warning"))}
+    said = {
+        line.split(": ")[1]: line
+        for line in ran.stdout.splitlines()
+        if line.startswith(("bad", "warning"))}
     assert {n for n in said if said[n].startswith("bad")} == bad
-    for name, word in ("short", "shorter than a window"), ("silent", "silent"), ("still", "still picture"):
+    for name, word in (
+        ("short", "shorter than a window"), ("silent", "silent"), ("still", "still picture")):
         assert word in said[f"{name}.mp4"] and said[f"{name}.mp4"].startswith("warning")
 
 
-@pytest.mark.parametrize("args, words", [
-    (["check", "nowhere"], "there is no folder"), (["check", "."], "no video files"), (["prepare", "."], "no video files")])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["check", "nowhere"], "there is no folder"), (["check", "."], "no video files"),
+        (["prepare", "."], "no video files")],
+)
 def test_mistakes_end_in_a_sentence(tmp_path, args, words):
     ran = run(*args, cwd=tmp_path)
-    assert ran.returncode == 1 and ran.stderr.startswith("error: ") and words in ran.stderr and ran.stderr.count("\n") == 1
+    assert (
+        ran.returncode == 1
+        and ran.stderr.startswith("error: ")
+        and words in ran.stderr
+        and ran.stderr.count("\n") == 1)
 
 
 def test_prepared_clips_show_the_same(tmp_path):
@@ -222,7 +276,8 @@ def test_prepared_clips_show_the_same(tmp_path):
     media.write(source / "cat" / "a.mp4", seconds=5.0, fps=25, size=(640, 360), audio_start=0.2)
     (source / "bad.mp4").write_bytes(b"nothing")
     ran = run("prepare", source, target, cwd=tmp_path)
-    assert ran.returncode == 1 and "bad: bad.mp4" in ran.stdout and "1 of 2 clips" in ran.stdout, ran.stderr
+    assert ran.returncode == 1 and "bad: bad.mp4" in ran.stdout and "1 of 2 clips" in ran.stdout, (
+        ran.stderr)
     again = run("prepare", source, target, cwd=tmp_path)
     assert "1 of 2 clips" in again.stdout
     path = target / "cat" / "a.mkv"
@@ -230,10 +285,13 @@ def test_prepared_clips_show_the_same(tmp_path):
     with data.Media(source / "cat" / "a.mp4") as raw, data.Media(path) as prepared:
         assert (prepared.video.height, prepared.video.width) == (256, 456)
         for start in 0.0, 0.48, 2.4:
-            old, new = (data.read_video(m, start, 0.0, 5.0, window, lambda *_: (256, 456)) for m in (raw, prepared))
+            old, new = (
+                data.read_video(m, start, 0.0, 5.0, window, lambda *_: (256, 456))
+                for m in (raw, prepared))
             error = np.square(old.astype(float) - new).mean()
             assert 10 * np.log10(255**2 / max(error, 1e-9)) > 38
-        old, new = (media.clicks_of(data.read_audio(m, 0.5, 0.0, 5.0, 4.0)) for m in (raw, prepared))
+        old, new = (
+            media.clicks_of(data.read_audio(m, 0.5, 0.0, 5.0, 4.0)) for m in (raw, prepared))
         assert np.abs(old - new).max() < 0.003
 
 
@@ -241,8 +299,14 @@ def test_prepare_applies_segments_and_annotations_still_fit(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     media.write(source / "P01_01.mp4", seconds=6.0)
-    (tmp_path / "EPIC_100_train.csv").write_text(EPIC.format(start="00:00:02.00", stop="00:00:04.50"))
-    assert run("prepare", source, target, "--annotations", tmp_path / "EPIC_100_train.csv", cwd=tmp_path).returncode == 0
+    (tmp_path / "EPIC_100_train.csv").write_text(
+        EPIC.format(start="00:00:02.00", stop="00:00:04.50"))
+    assert (
+        run(
+            "prepare", source, target, "--annotations", tmp_path / "EPIC_100_train.csv",
+            cwd=tmp_path).returncode
+        == 0
+    )
     index = data.read_annotations(tmp_path / "EPIC_100_train.csv", target)
     assert index.name(0) == "P01_01_2000_4500.mkv"
     shown = media.times_of(Clips(index, SMALL)[0, 0]["video"])
@@ -264,30 +328,45 @@ def touch(folder, *names):
         path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("name", ["--0PQM4-hqg_000030.mp4", "--0PQM4-hqg_30.MP4", "--0PQM4-hqg_30000_40000.mkv",
-                                  "--0PQM4-hqg.webm", "sub/Y--0PQM4-hqg.mp4", "a/b/Y--0PQM4-hqg_30000_40000.mp4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "--0PQM4-hqg_000030.mp4", "--0PQM4-hqg_30.MP4", "--0PQM4-hqg_30000_40000.mkv",
+        "--0PQM4-hqg.webm", "sub/Y--0PQM4-hqg.mp4", "a/b/Y--0PQM4-hqg_30000_40000.mp4"],
+)
 def test_vggsound_and_how_its_files_are_named(tmp_path, name, capsys):
     touch(tmp_path, name)
-    (tmp_path / "vggsound.csv").write_text('--0PQM4-hqg,30,"waterfall, burbling",train\n---g-f_I2yQ,1,male singing,test\n'
-                                           '--missing0_x,2,bagpipes,train\n')
+    (tmp_path / "vggsound.csv").write_text(
+        '--0PQM4-hqg,30,"waterfall, burbling",train\n---g-f_I2yQ,1,male singing,test\n'
+        "--missing0_x,2,bagpipes,train\n")
     index = data.read_annotations(tmp_path / "vggsound.csv", tmp_path, "train")
-    assert index.classes == ("bagpipes", "male singing", "waterfall, burbling") and index.labels.tolist() == [[2]]
+    assert index.classes == (
+        "bagpipes", "male singing", "waterfall, burbling") and index.labels.tolist() == [[2]]
     assert np.isnan(index.start[0]) == ("_30" in name or "_000030" in name)
-    assert "1 of 2 rows found their file" in (said := capsys.readouterr().out) and "--missing0_x" in said
+    assert (
+        "1 of 2 rows found their file" in (said := capsys.readouterr().out)
+        and "--missing0_x" in said)
 
 
 def test_audioset(tmp_path):
     touch(tmp_path, "Yaaaaaaaaaaa.mp4", "bbbbbbbbbbb_20000_30000.mp4")
     file = tmp_path / "eval_segments.csv"
-    file.write_text('# Segments csv created\n# num_ytids=2\n# YTID, start_seconds, end_seconds, positive_labels\n'
-                    'aaaaaaaaaaa, 30.000, 40.000, "/m/09x0r,/m/05zppz"\nbbbbbbbbbbb, 20.000, 30.000, "/m/09x0r"\n')
+    file.write_text(
+        "# Segments csv created\n# num_ytids=2\n# YTID, start_seconds, end_seconds, positive_labels\n"
+        'aaaaaaaaaaa, 30.000, 40.000, "/m/09x0r,/m/05zppz"\nbbbbbbbbbbb, 20.000, 30.000, "/m/09x0r"\n'
+    )
     with pytest.raises(UserError, match="class_labels_indices.csv"):
         data.read_annotations(file, tmp_path)
-    (tmp_path / "class_labels_indices.csv").write_text('index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/05zppz,"Male speech, man speaking"\n')
+    (tmp_path / "class_labels_indices.csv").write_text(
+        'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/05zppz,"Male speech, man speaking"\n')
     index = data.read_annotations(file, tmp_path)
     assert index.labels.tolist() == [[0, 1], [0, -1]] and index.task == "many"
-    assert index.classes == ("Speech", "Male speech, man speaking") and index.start[0] == 30 and np.isnan(index.start[1])
-    (tmp_path / "class_labels_indices.csv").write_text('index,mid,display_name\n0,/m/09x0r,"Speech"\n')
+    assert (
+        index.classes == ("Speech", "Male speech, man speaking")
+        and index.start[0] == 30
+        and np.isnan(index.start[1]))
+    (tmp_path / "class_labels_indices.csv").write_text(
+        'index,mid,display_name\n0,/m/09x0r,"Speech"\n')
     with pytest.raises(UserError, match="/m/05zppz"):
         data.read_annotations(file, tmp_path)
 
@@ -295,15 +374,20 @@ def test_audioset(tmp_path):
 @pytest.mark.parametrize("name", ["P01_01.MP4", "P01/P01_01.MP4", "P01/videos/P01_01.MP4"])
 def test_epic_kitchens(tmp_path, name):
     touch(tmp_path, name)
-    (tmp_path / "EPIC_100_train.csv").write_text(EPIC.format(start="00:01:02.50", stop="00:01:03.75"))
+    (tmp_path / "EPIC_100_train.csv").write_text(
+        EPIC.format(start="00:01:02.50", stop="00:01:03.75"))
     index = data.read_annotations(tmp_path / "EPIC_100_train.csv", tmp_path)
-    assert index.segment(0) == (62.5, 63.75) and index.labels.tolist() == [[3, 3]] and index.task == "epic"
+    assert (
+        index.segment(0) == (62.5, 63.75)
+        and index.labels.tolist() == [[3, 3]]
+        and index.task == "epic")
     assert [len(c) for c in index.classes] == [97, 300]
 
 
 def test_ave(tmp_path):
     touch(tmp_path, "abc.mp4", "def.mp4")
-    (tmp_path / "Annotations.txt").write_text("Category&VideoID&Quality&StartTime&EndTime\nBark&abc&good&2&5\nAxe&def&good&0&10\n")
+    (tmp_path / "Annotations.txt").write_text(
+        "Category&VideoID&Quality&StartTime&EndTime\nBark&abc&good&2&5\nAxe&def&good&0&10\n")
     (tmp_path / "trainSet.txt").write_text("Bark&abc&good&2&5\n")
     index = data.read_annotations(tmp_path / "trainSet.txt", tmp_path)
     assert index.classes == ("Axe", "Bark", "background")
@@ -318,7 +402,10 @@ def test_plain_csv(tmp_path):
     assert index.segment(0) == (1.0, 2.5) and index.labels.tolist() == [[1], [0]]
     (tmp_path / "b.csv").write_text("x/a.mp4,dog,loud\nb.mp4,cat\n")
     index = data.read_annotations(tmp_path / "b.csv", tmp_path)
-    assert index.task == "many" and index.labels.tolist() == [[1, 2], [0, -1]] and np.isnan(index.start).all()
+    assert (
+        index.task == "many"
+        and index.labels.tolist() == [[1, 2], [0, -1]]
+        and np.isnan(index.start).all())
 
 
 @pytest.mark.parametrize("name", ["../secret.mp4", "/etc/secret.mp4", "link.mp4"])
@@ -332,7 +419,8 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, name):
 
 def test_unknown_annotations(tmp_path):
     touch(tmp_path, "a.mp4")
-    for text, words in ("foo bar\nbaz\n", "no known format"), ("", "no rows"), ("z.mp4,x\n", "found its file"):
+    for text, words in (
+        ("foo bar\nbaz\n", "no known format"), ("", "no rows"), ("z.mp4,x\n", "found its file")):
         (tmp_path / "a.csv").write_text(text)
         with pytest.raises(UserError, match=words):
             data.read_annotations(tmp_path / "a.csv", tmp_path)
@@ -409,7 +497,8 @@ def test_augmentation_is_the_same_for_all_frames_and_repeats(tmp_path):
     for epoch in range(8):
         video = clips[epoch, 0]["video"]
         assert video.equal(clips[epoch, 0]["video"])
-        assert (video.float().std((1, 2, 3)) < 3).all() and (video[1:7].float() - video[:1].float()).abs().max() <= 2
+        assert (video.float().std((1, 2, 3)) < 3).all() and (
+            video[1:7].float() - video[:1].float()).abs().max() <= 2
         seen.append(video[0].float().mean((0, 1)))
     assert torch.stack(seen).std(0).max() > 5
 
@@ -455,19 +544,22 @@ def test_a_bounce_is_heard_where_it_is_seen_and_height_is_pitch():
         world = data.scene(0, i)
         wave = data.sound(world, 4.0)
         for bounce in world.bounces(4.0):
-            before, after = world.position([bounce - 0.02, bounce, bounce + 0.02])[[0, 2]] - world.position([bounce])
+            before, after = world.position([bounce - 0.02, bounce, bounce + 0.02])[
+                [0, 2]] - world.position([bounce])
             assert (before * after > 0).any()  # it turns round in x or in y
             if 0.05 < bounce < 3.9 and not any(0 < bounce - o < 0.15 for o in world.bounces(4.0)):
                 envelope = np.abs(np.diff(wave))  # hits are noise: large from sample to sample
                 at = round(bounce * 16_000)
-                assert envelope[at:at + 160].mean() > 1.3 * envelope[at - 480:at - 160].mean()
+                assert envelope[at : at + 160].mean() > 1.3 * envelope[at - 480 : at - 160].mean()
         spectrum = np.abs(np.fft.rfft(wave[16_000:18_048] * np.hanning(2048)))
         quiet = not ((world.bounces(4.0) > 0.85) & (world.bounces(4.0) < 1.13)).any()
         if quiet:
             height = 1 - world.position([1.064])[0, 1]
             low, high = (2595 * np.log10(1 + f / 700) for f in (180, 1600))
             pitch = 700 * (10 ** ((low + (high - low) * height) / 2595) - 1)
-            assert spectrum[round(pitch / 7.8125) - 2:round(pitch / 7.8125) + 3].max() > 20 * np.median(spectrum)
+            assert spectrum[
+                round(pitch / 7.8125) - 2 : round(pitch / 7.8125) + 3
+            ].max() > 20 * np.median(spectrum)
 
 
 def test_shape_and_voice_are_independent():

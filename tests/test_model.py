@@ -14,12 +14,9 @@ import avmae
 from avmae import AVMAE, CONTEXT, PLANS, Classifier, ClassifierConfig, PretrainConfig, Size
 
 TINY = dict(
-    size=Size(24, 4, 2, 32),
-    decoder_size=Size(16, 3, 2, 24),
-    patch={"video": (2, 8, 8), "audio": (8, 8)},
-    shape={"video": (4, 32, 32), "audio": (48, 16)},
-    mask={"video": 0.7, "audio": 0.7},
-)
+    size=Size(24, 4, 2, 32), decoder_size=Size(16, 3, 2, 24),
+    patch={"video": (2, 8, 8), "audio": (8, 8)}, shape={"video": (4, 32, 32), "audio": (48, 16)},
+    mask={"video": 0.7, "audio": 0.7})
 INPAINT = [o for o in CONTEXT if o != "joint"]
 
 
@@ -34,8 +31,7 @@ def clips(batch=3, seed=0):
     g = torch.Generator().manual_seed(seed)
     return {
         "video": torch.rand(batch, 4, 32, 32, 3, generator=g) * 2 - 1,
-        "audio": torch.randn(batch, 48, 16, generator=g),
-    }
+        "audio": torch.randn(batch, 48, 16, generator=g)}
 
 
 def model_of(randomise=True, **settings):
@@ -58,21 +54,15 @@ def total(config):
 @pytest.mark.parametrize(
     "size, encoder, count",
     [
-        ("base", "separate", 179_869_696),
-        ("large", "separate", 621_040_384),
-        ("base", "mid", 165_695_488),
-        ("large", "mid", 595_849_984),
-        ("base", "early", 94_813_696),
-        ("large", "early", 318_728_960),
-        ("base", "shared", 94_813_696),
-        ("large", "shared", 318_728_960),
-    ],
+        ("base", "separate", 179_869_696), ("large", "separate", 621_040_384),
+        ("base", "mid", 165_695_488), ("large", "mid", 595_849_984), ("base", "early", 94_813_696),
+        ("large", "early", 318_728_960), ("base", "shared", 94_813_696),
+        ("large", "shared", 318_728_960)],
 )
 def test_parameter_counts_of_the_paper(size, encoder, count):
     encoder_size, decoder_size = avmae.SIZES[size]
     sizes = dict(
-        size=encoder_size, decoder_size=decoder_size, encoder=encoder, allow_uncoupled=True
-    )
+        size=encoder_size, decoder_size=decoder_size, encoder=encoder, allow_uncoupled=True)
     extra = {"base": 7_098_624, "large": 12_610_560}[size]
     assert total(PretrainConfig(**sizes)) == count
     assert total(PretrainConfig(**sizes, decoder="early")) == count
@@ -82,11 +72,9 @@ def test_parameter_counts_of_the_paper(size, encoder, count):
 @pytest.mark.parametrize(
     "size, modalities, count",
     [
-        ("base", ("video", "audio"), 171_728_949),
-        ("large", ("video", "audio"), 606_778_677),
+        ("base", ("video", "audio"), 171_728_949), ("large", ("video", "audio"), 606_778_677),
         ("large", ("video",), 304_206_133 - 4 * 1024),
-        ("large", ("audio",), 302_895_413 - 4 * 1024),
-    ],
+        ("large", ("audio",), 302_895_413 - 4 * 1024)],
 )
 def test_parameter_counts_of_finetuning(size, modalities, count):
     assert total(ClassifierConfig(size=avmae.SIZES[size][0], modalities=modalities)) == count
@@ -97,8 +85,7 @@ def test_token_and_mask_counts():
     assert (config.tokens("video"), config.masked("video")) == (1568, 1411)
     assert (config.tokens("audio"), config.masked("audio")) == (400, 200)
     audioset = PretrainConfig(
-        shape={"video": (16, 224, 224), "audio": (1000, 128)}, mask={"video": 0.9, "audio": 0.7}
-    )
+        shape={"video": (16, 224, 224), "audio": (1000, 128)}, mask={"video": 0.9, "audio": 0.7})
     assert (audioset.tokens("audio"), audioset.masked("audio")) == (496, 347)
 
 
@@ -136,8 +123,7 @@ def test_embedding_is_a_strided_convolution():
     convolved = F.conv3d(x["video"].permute(0, 4, 1, 2, 3), weight, linear.bias, stride=(2, 8, 8))
     ours = linear(avmae.patchify(x["video"], "video", (2, 8, 8)))
     torch.testing.assert_close(
-        ours, rearrange(convolved, "b d t h w -> b (t h w) d"), atol=1e-5, rtol=1e-5
-    )
+        ours, rearrange(convolved, "b d t h w -> b (t h w) d"), atol=1e-5, rtol=1e-5)
 
 
 def test_bytes_are_scaled_to_plus_minus_one():
@@ -172,8 +158,7 @@ def test_masks_partition_the_tokens():
 
 def test_masks_are_uniform():
     ids = avmae.draw_masks({"audio": 10}, {"audio": 3}, 20_000, torch.Generator().manual_seed(0))[
-        1
-    ]["audio"]
+        1]["audio"]
     share = torch.bincount(ids.flatten(), minlength=10) / 20_000
     assert (share - 0.3).abs().max() < 0.02
 
@@ -203,8 +188,7 @@ def test_masked_patches_are_not_seen():
 
 
 @pytest.mark.parametrize(
-    "settings", list(variants()), ids=lambda s: "-".join(map(str, list(s.values())[:3]))
-)
+    "settings", list(variants()), ids=lambda s: "-".join(map(str, list(s.values())[:3])))
 def test_every_variant_trains(settings):
     model, x = model_of(randomise=False, **settings), clips(8)
     masks = model.draw_masks(8, torch.Generator().manual_seed(0))
@@ -251,11 +235,8 @@ def test_which_weights_are_shared(fusion):
     assert (
         same
         == {
-            "early": [True] * 4,
-            "shared": [True] * 4,
-            "separate": [False] * 4,
-            "mid": [False, False, True, True],
-        }[fusion]
+            "early": [True] * 4, "shared": [True] * 4, "separate": [False] * 4,
+            "mid": [False, False, True, True]}[fusion]
     )
 
 
@@ -265,8 +246,7 @@ def test_mid_fusion_has_a_norm_before_the_joint_layers():
     separate = {
         m: fusion.stages[0][m].norm(
             fusion.stages[0][m].blocks[2](
-                fusion.stages[0][m].blocks[1](fusion.stages[0][m].blocks[0](v))
-            )
+                fusion.stages[0][m].blocks[1](fusion.stages[0][m].blocks[0](v)))
         )
         for m, v in x.items()
     }
@@ -305,23 +285,19 @@ def classic_joint_loss(model, x, masks):
     losses = {
         m: ((model.head[m](decoded[m]) - targets[m]).square().mean(-1) * binary[m]).sum()
         / binary[m].sum()
-        for m in x
-    }
+        for m in x}
     return 0.5 * losses["video"] + 0.5 * losses["audio"]
 
 
 @pytest.mark.parametrize(
-    "encoder, decoder", [("mid", "shared"), ("shared", "early"), ("early", "mid")]
-)
+    "encoder, decoder", [("mid", "shared"), ("shared", "early"), ("early", "mid")])
 def test_equals_the_classic_formulation(encoder, decoder):
     model, x = (
         model_of(encoder=encoder, decoder=decoder).double(),
-        {m: v.double() for m, v in clips().items()},
-    )
+        {m: v.double() for m, v in clips().items()})
     masks = model.draw_masks(3)
     torch.testing.assert_close(
-        model(x, masks).loss, classic_joint_loss(model, x, masks).double(), rtol=1e-6, atol=1e-6
-    )
+        model(x, masks).loss, classic_joint_loss(model, x, masks).double(), rtol=1e-6, atol=1e-6)
 
 
 def test_inpainting_puts_the_other_modality_first():
@@ -341,18 +317,15 @@ def test_inpainting_decodes_from_the_other_modality_only():
     where = {t: model.places(t, c, visible, masked) for t, c in contexts.items()}
     decoded = model.decode(latent, contexts, where, {m: p.shape[1] for m, p in patches.items()})
     own, other = torch.autograd.grad(
-        decoded["video"].sum() + 0 * decoded["audio"].sum(),
-        [latent["video"], latent["audio"]],
-        allow_unused=True,
-    )
+        decoded["video"].sum() + 0 * decoded["audio"].sum(), [latent["video"], latent["audio"]],
+        allow_unused=True)
     assert not own.abs().any() and other.abs().max() > 0
 
 
 def test_only_what_an_objective_uses_exists():
     names = [
         name
-        for name, _ in model_of(encoder="early", objective="video_from_audio").named_parameters()
-    ]
+        for name, _ in model_of(encoder="early", objective="video_from_audio").named_parameters()]
     assert not any(n.startswith(("project.video", "mask_token.audio", "head.audio")) for n in names)
     assert any(n.startswith("project.audio") for n in names)
 
@@ -360,8 +333,7 @@ def test_only_what_an_objective_uses_exists():
 def test_joint_inpaint_is_the_sum_of_both():
     parts = {
         o: model_of(encoder="early", objective=o)
-        for o in ("joint", "inpaint_both", "joint_inpaint")
-    }
+        for o in ("joint", "inpaint_both", "joint_inpaint")}
     for o in "joint", "inpaint_both":
         parts[o].load_state_dict(parts["joint_inpaint"].state_dict())
     masks, x = parts["joint"].draw_masks(3), clips()
@@ -373,19 +345,14 @@ def test_standardised_targets():
     x = torch.randn(2, 5, 64, dtype=torch.float64) * 3 + 1
     y = avmae.standardise(x)
     torch.testing.assert_close(
-        y, (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
-    )
+        y, (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt())
 
 
 def test_modality_tokens():
     plain, model, x = model_of(), model_of(modality_tokens=True), clips()
     added = set(model.state_dict()) - set(plain.state_dict())
     assert added == {
-        "embed.video.token",
-        "embed.audio.token",
-        "decoder_token.video",
-        "decoder_token.audio",
-    }
+        "embed.video.token", "embed.audio.token", "decoder_token.video", "decoder_token.audio"}
     for p in added:
         model.state_dict()[p].zero_()
     model.load_state_dict(plain.state_dict(), strict=False)
@@ -419,13 +386,11 @@ def test_initialisation():
         assert weight.abs().max() <= 2 * numbers**-0.5 / 0.8796
         assert not model.head[m].weight.any() and not model.mask_token[m].any()
     assert model.project["audio"].weight.std().item() == pytest.approx(
-        math.sqrt(2 / (768 + 384)), rel=0.01
-    )
+        math.sqrt(2 / (768 + 384)), rel=0.01)
     assert not any(
         p.any()
         for n, p in model.named_parameters()
-        if n.endswith("bias") and "mlp" not in n and "norm" not in n
-    )
+        if n.endswith("bias") and "mlp" not in n and "norm" not in n)
 
 
 # ------------------------------------------------------------------------------------ refusals
@@ -443,8 +408,7 @@ def test_initialisation():
         (dict(modalities=("smell",)), "video, audio"),
         (
             dict(objective="audio_from_video", encoder="early", mask={"video": 0.5, "audio": 0.5}),
-            "mask more video",
-        ),
+            "mask more video"),
         (dict(modalities=("audio",), objective="inpaint_both"), "needs both"),
         (dict(joint_layers=4), "0 < S < 4"),
         (dict(mask={"video": 1.0, "audio": 0.5}), "some visible"),
@@ -480,13 +444,11 @@ def classifier(**settings):
 def test_mbt_with_one_modality_is_a_vit():
     model, x = classifier(modalities=("audio",)), clips()["audio"]
     tokens = model.embed["audio"].linear(avmae.patchify(x, "audio", (8, 8))) + avmae.sinusoid(
-        12, 24
-    )
+        12, 24)
     for block in model.trunk.blocks["audio"]:
         tokens = block(tokens)
     torch.testing.assert_close(
-        model({"audio": x})["audio"], model.head(model.trunk.norm(tokens).mean(1))
-    )
+        model({"audio": x})["audio"], model.head(model.trunk.norm(tokens).mean(1)))
     assert not hasattr(model.trunk, "bottleneck")
 
 
@@ -508,8 +470,7 @@ def test_every_modality_gets_the_same_bottleneck():
         alone = {m: trunk.blocks[m][i](v) for m, v in alone.items()}
     for m in x:
         fused = trunk.blocks[m][3](torch.cat([alone[m], trunk.bottleneck.expand(2, -1, -1)], 1))[
-            :, :-4
-        ]
+            :, :-4]
         torch.testing.assert_close(trunk(x)[m], trunk.norm(fused))
 
 
@@ -518,8 +479,7 @@ def test_stochastic_depth_probabilities():
     share = torch.stack([1 - k.mean((2, 3, 4)) for k in keep.values()])  # (modality, L, branch)
     assert (share - torch.tensor([0.0, 0.1, 0.2, 0.3])[None, :, None]).abs().max() < 0.02
     assert not keep["video"].equal(keep["audio"]) and not keep["video"][3, 0].equal(
-        keep["video"][3, 1]
-    )
+        keep["video"][3, 1])
 
 
 def test_a_dropped_branch_adds_nothing_and_a_kept_one_is_not_rescaled():
@@ -552,12 +512,8 @@ def test_logits_of_a_segment_come_from_its_tokens():
 def test_segments_of_ave():
     # 32 frames and 1000 mel frames over 10 s; the last 8 of 1000 frames fill no patch
     config = ClassifierConfig(
-        shape={"video": (32, 32, 32), "audio": (1000, 16)},
-        segments=10,
-        classes=(29,),
-        size=Size(24, 1, 2, 24),
-        fusion_layer=1,
-    )
+        shape={"video": (32, 32, 32), "audio": (1000, 16)}, segments=10, classes=(29,),
+        size=Size(24, 1, 2, 24), fusion_layer=1)
     model = Classifier(config)
     centres = (torch.arange(16) + 0.5) * 2 * 0.3125
     tokens = (
@@ -566,8 +522,7 @@ def test_segments_of_ave():
     assert model.pool("video", tokens, 32)[0, :, 0].tolist() == list(range(10))
     centres = (torch.arange(62) + 0.5) * 0.16
     assert model.pool("audio", centres.floor()[None, :, None].repeat(1, 1, 24), 1000)[
-        0, :, 0
-    ].tolist() == list(range(10))
+        0, :, 0].tolist() == list(range(10))
 
 
 # ------------------------------------------------------------------------------------ transfer
@@ -595,11 +550,9 @@ def test_an_audio_model_initialises_both_streams():
     before = target.embed["video"].linear.weight.clone()
     _, fresh = avmae.transfer(source, target)
     assert target.trunk.blocks["video"][1].attn.qkv.weight.equal(
-        source.encoder.path("audio")[1].attn.qkv.weight
-    )
+        source.encoder.path("audio")[1].attn.qkv.weight)
     assert (
-        target.embed["video"].linear.weight.equal(before) and "embed.video.linear.weight" in fresh
-    )
+        target.embed["video"].linear.weight.equal(before) and "embed.video.linear.weight" in fresh)
 
 
 # ------------------------------------------------------------------------------------ the file

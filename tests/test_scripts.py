@@ -1,4 +1,5 @@
 """The scripts, run for real with tiny settings."""
+
 import json
 import os
 import pathlib
@@ -19,25 +20,34 @@ import train_pretrain
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = ["--clips", "40", "--batch", "8", "--epochs", "4", "--log-every", "1", "--device", "cpu"]
-FILES = ["--frames", "4", "--image", "32", "--seconds", "1.28", "--tubelet", "2", "8", "8", "--mels", "32",
-         "--frame-step", "0.16", "--size", "demo", "--epochs", "2", "--batch", "4", "--log-every", "1", "--device", "cpu",
-         "--workers", "1"]
+FILES = [
+    "--frames", "4", "--image", "32", "--seconds", "1.28", "--tubelet", "2", "8", "8", "--mels",
+    "32", "--frame-step", "0.16", "--size", "demo", "--epochs", "2", "--batch", "4", "--log-every",
+    "1", "--device", "cpu", "--workers", "1"]
 
 
 def command(script, *args, processes=1):
-    python = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    python = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc_per_node={processes}"]
+    )
     return [*python, str(ROOT / f"{script}.py"), *map(str, args)]
 
 
 def run(script, *args, processes=1, cwd=ROOT, fails=False):
-    ran = subprocess.run(command(script, *args, processes=processes), cwd=cwd, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(
+        command(script, *args, processes=processes), cwd=cwd, capture_output=True, text=True,
+        timeout=300)
     assert bool(ran.returncode) == fails, ran.stdout + ran.stderr
     return ran
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
@@ -55,10 +65,13 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_what_it_says(whole):
     out, said = whole
     assert len(losses(out)) == 20
-    last = json.loads([line for line in (out / "log.jsonl").read_text().splitlines() if '"loss"' in line][-1])
-    assert {"step", "epoch", "loss_video", "loss_audio", "lr", "grad_norm", "clips_per_s", "waiting", "memory_gb",
-            "seconds_left"} <= set(last)
-    assert {p.name for p in (out / "pictures").iterdir()} == {"0000020_video.png", "0000020_audio.png"}
+    last = json.loads(
+        [line for line in (out / "log.jsonl").read_text().splitlines() if '"loss"' in line][-1])
+    assert {
+        "step", "epoch", "loss_video", "loss_audio", "lr", "grad_norm", "clips_per_s", "waiting",
+        "memory_gb", "seconds_left"} <= set(last)
+    assert {p.name for p in (out / "pictures").iterdir()} == {
+        "0000020_video.png", "0000020_audio.png"}
     checkpoint = avmae.read(out / "last.pt")
     assert checkpoint["step"] == 20 and any(k.startswith("decoder") for k in checkpoint["model"])
     assert "of constant" in said and isinstance(avmae.load(out / "last.pt"), avmae.AVMAE)
@@ -74,8 +87,9 @@ def test_a_finished_run_says_so_again(whole):
 
 def interrupt(args, out, number, script="train_pretrain", after=3, processes=1):
     """Starts a run and sends it a signal when its log has so many lines."""
-    process = subprocess.Popen(command(script, *args, "--out", out, processes=processes), cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(script, *args, "--out", out, processes=processes), cwd=ROOT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (out / "log.jsonl").exists() and len(losses(out)) >= after:
@@ -107,8 +121,11 @@ def test_two_processes_give_the_losses_of_one(tmp_path, whole):
 
 
 def test_accumulation_gives_the_losses_of_one_pass(tmp_path, whole):
-    run("train_pretrain", *TINY, "--out", tmp_path, "--micro-batch", "2", "--checkpoint-activations")
-    np.testing.assert_allclose(list(losses(tmp_path).values()), list(losses(whole[0]).values()), rtol=2e-4)
+    run(
+        "train_pretrain", *TINY, "--out", tmp_path, "--micro-batch", "2", "--checkpoint-activations"
+    )
+    np.testing.assert_allclose(
+        list(losses(tmp_path).values()), list(losses(whole[0]).values()), rtol=2e-4)
 
 
 def test_workers_change_nothing(tmp_path, whole):
@@ -130,9 +147,13 @@ def test_a_run_of_other_settings_is_not_overwritten(whole):
 
 
 def test_weights_can_start_another_run(tmp_path, whole):
-    run("train_pretrain", *TINY, "--out", tmp_path, "--init", whole[0] / "last.pt", "--epochs", "1", "--seed", "5")
+    run(
+        "train_pretrain", *TINY, "--out", tmp_path, "--init", whole[0] / "last.pt", "--epochs", "1",
+        "--seed", "5")
     assert losses(tmp_path)[1] < losses(whole[0])[1]
-    ran = run("train_pretrain", *TINY, "--out", tmp_path / "b", "--init", whole[0] / "last.pt", "--encoder", "early", fails=True)
+    ran = run(
+        "train_pretrain", *TINY, "--out", tmp_path / "b", "--init", whole[0] / "last.pt",
+        "--encoder", "early", fails=True)
     assert "another architecture" in ran.stderr and "Traceback" not in ran.stderr
 
 
@@ -141,18 +162,26 @@ def test_the_constant_that_errors_are_compared_with():
     config, _ = train_pretrain.configs(train_pretrain.parse([]))
     model = avmae.AVMAE(config)
     clips = [data.Builtin(20, window, s) for s in (0, 1)]
-    loaders = [torch.utils.data.DataLoader(c, 10, sampler=[(0, i) for i in range(20)], collate_fn=data.collate) for c in clips]
+    loaders = [
+        torch.utils.data.DataLoader(
+            c, 10, sampler=[(0, i) for i in range(20)], collate_fn=data.collate)
+        for c in clips
+    ]
     ours = train_pretrain.constant_error(model, *loaders)
     for m in "video", "audio":
-        train, test = (model.embed[m].normalise(model.embed[m].patchify(torch.stack([c[0, i][m] for i in range(20)]))).flatten(0, 1)
-                       for c in clips)
+        train, test = (
+            model.embed[m]
+            .normalise(model.embed[m].patchify(torch.stack([c[0, i][m] for i in range(20)])))
+            .flatten(0, 1)
+            for c in clips)
         assert ours[m] == pytest.approx((test - train.mean(0)).square().mean().item(), rel=1e-5)
 
 
 def test_evaluation_sees_the_other_modality_swapped():
     """Where the other modality cannot matter, another clip's makes no difference; else it does."""
     window = data.Window(8, 0.32, 32, 2.56, 32)
-    loader = torch.utils.data.DataLoader(data.Builtin(16, window), 8, sampler=[(0, i) for i in range(16)], collate_fn=data.collate)
+    loader = torch.utils.data.DataLoader(
+        data.Builtin(16, window), 8, sampler=[(0, i) for i in range(16)], collate_fn=data.collate)
     for encoder, matters in ("shared", False), ("early", True):
         config, _ = train_pretrain.configs(train_pretrain.parse(["--encoder", encoder]))
         torch.manual_seed(0)
@@ -164,17 +193,19 @@ def test_evaluation_sees_the_other_modality_swapped():
             assert (error != swapped) == matters
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--data", "nowhere"], "there is no folder nowhere"),
-    (["--encoder", "separate", "--objective", "inpaint_both"], "early or mid fusion"),
-    (["--encoder", "separate", "--decoder", "separate"], "--allow-uncoupled"),
-    (["--batch", "9", "--micro-batch", "2"], "not divided by"),
-    (["--image", "33"], "not divided by patches"),
-    (["--init", "README.md"], "neither a checkpoint of ours nor"),
-    (["--init", "nothing.pt"], "cannot read nothing.pt"),
-    (["--objective", "dream"], "invalid choice: 'dream'"),
-    (["--epochs", "many"], "invalid int value"),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--data", "nowhere"], "there is no folder nowhere"),
+        (["--encoder", "separate", "--objective", "inpaint_both"], "early or mid fusion"),
+        (["--encoder", "separate", "--decoder", "separate"], "--allow-uncoupled"),
+        (["--batch", "9", "--micro-batch", "2"], "not divided by"),
+        (["--image", "33"], "not divided by patches"),
+        (["--init", "README.md"], "neither a checkpoint of ours nor"),
+        (["--init", "nothing.pt"], "cannot read nothing.pt"),
+        (["--objective", "dream"], "invalid choice: 'dream'"),
+        (["--epochs", "many"], "invalid int value")],
+)
 def test_mistakes_end_in_a_sentence(tmp_path, args, words):
     ran = run("train_pretrain", *args, "--out", tmp_path / "out", fails=True)
     assert words in ran.stderr and "Traceback" not in ran.stderr
@@ -198,36 +229,49 @@ def folder(tmp_path_factory):
 
 
 def test_pretraining_on_files(tmp_path, folder):
-    common = [*FILES, "--data", folder / "train", "--val", folder / "test", "--out", tmp_path / "out"]
+    common = [
+        *FILES, "--data", folder / "train", "--val", folder / "test", "--out", tmp_path / "out"]
     ran = run("train_pretrain", *common, "--max-bad", "0.5")
     assert ran.stdout.count("unreadable, replaced: cat/broken.mp4: cannot be opened") == 1
-    assert (tmp_path / "out" / "unreadable.txt").read_text().startswith("cat/broken.mp4: cannot be opened")
-    ran = run("train_pretrain", "--evaluate", tmp_path / "out" / "last.pt", "--device", "cpu",
-              "--picture", folder / "test" / "dog" / "test0.mp4", cwd=tmp_path)
+    assert (
+        (tmp_path / "out" / "unreadable.txt")
+        .read_text()
+        .startswith("cat/broken.mp4: cannot be opened"))
+    ran = run(
+        "train_pretrain", "--evaluate", tmp_path / "out" / "last.pt", "--device", "cpu",
+        "--picture", folder / "test" / "dog" / "test0.mp4", cwd=tmp_path)
     assert {p.name for p in tmp_path.glob("*.png")} == {"test0_video.png", "test0_audio.png"}
     ran = run("train_pretrain", *common[:-1], tmp_path / "other", "--max-bad", "0.05", fails=True)
     assert "more than --max-bad 0.05" in ran.stderr and "Traceback" not in ran.stderr
-    ran = run("train_pretrain", "--evaluate", tmp_path / "out" / "last.pt", "--picture",
-              folder / "train" / "cat" / "broken.mp4", fails=True)
+    ran = run(
+        "train_pretrain", "--evaluate", tmp_path / "out" / "last.pt", "--picture",
+        folder / "train" / "cat" / "broken.mp4", fails=True)
     assert "cannot be opened" in ran.stderr
 
 
 def test_finetuning_on_files_and_what_can_be_done_with_the_model(tmp_path, folder):
     out = tmp_path / "out"
-    run("train_finetune", *FILES, "--data", folder, "--views", "2", "--out", out, "--max-bad", "0.5")
+    run(
+        "train_finetune", *FILES, "--data", folder, "--views", "2", "--out", out, "--max-bad", "0.5"
+    )
     results = json.loads((out / "results.json").read_text())
     assert results["clips"] == 3 and results["unreadable"] == 0 and "top-1" in results["metrics"]
     best = out / "best.pt"
-    again = run("train_finetune", "--eval", best, "--device", "cpu", "--data", folder, "--out", tmp_path / "e",
-                "--predictions", tmp_path / "p.csv")
+    again = run(
+        "train_finetune", "--eval", best, "--device", "cpu", "--data", folder, "--out",
+        tmp_path / "e", "--predictions", tmp_path / "p.csv")
     rows = (tmp_path / "p.csv").read_text().splitlines()
     assert len(rows) == 3 and rows[0].split(",")[1] in ("cat", "dog") and "top-1" in again.stdout
-    said = run("train_finetune", "--eval", best, "--device", "cpu", "--predict", folder / "test" / "dog" / "test0.mp4").stdout
+    said = run(
+        "train_finetune", "--eval", best, "--device", "cpu", "--predict",
+        folder / "test" / "dog" / "test0.mp4").stdout
     assert "cat" in said and "dog" in said
     media.write(tmp_path / "mute.mp4", audio=False)
     media.write(tmp_path / "silent.mp4", clicks=())
     for name, words in ("mute", "no audio track"), ("silent", "silent"):
-        said = run("train_finetune", "--eval", best, "--device", "cpu", "--predict", tmp_path / f"{name}.mp4").stdout
+        said = run(
+            "train_finetune", "--eval", best, "--device", "cpu", "--predict",
+            tmp_path / f"{name}.mp4").stdout
         assert words in said and "picture alone" in said and "cat" in said
 
 
@@ -236,14 +280,21 @@ def test_finetuning_on_files_and_what_can_be_done_with_the_model(tmp_path, folde
 FINE = ["--per-class", "1", "--batch", "4", "--epochs", "3", "--log-every", "1", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("args", [
-    [], ["--modalities", "audio"], ["--modalities", "video"], ["--model", "encoder"], ["--model", "probe"]], ids=str)
+@pytest.mark.parametrize(
+    "args",
+    [
+        [], ["--modalities", "audio"], ["--modalities", "video"], ["--model", "encoder"],
+        ["--model", "probe"]],
+    ids=str,
+)
 def test_finetuning_from_a_pretrained_model(tmp_path, whole, args):
-    said = run("train_finetune", *FINE, *args, "--init", whole[0] / "last.pt", "--out", tmp_path).stdout
+    said = run(
+        "train_finetune", *FINE, *args, "--init", whole[0] / "last.pt", "--out", tmp_path).stdout
     assert "fresh: " in said and "head.weight" in said and len(losses(tmp_path)) == 12
     model, before = avmae.load(tmp_path / "last.pt"), avmae.load(whole[0] / "last.pt")
     m = model.config.modalities[0]
-    changed = not model.trunk.path(m)[0].attn.qkv.weight.equal(before.encoder.path(m)[0].attn.qkv.weight)
+    changed = not model.trunk.path(m)[0].attn.qkv.weight.equal(
+        before.encoder.path(m)[0].attn.qkv.weight)
     assert changed == ("probe" not in args)
 
 
@@ -258,14 +309,21 @@ def test_a_stopped_finetuning_continues_with_the_same_losses(tmp_path):
 
 def test_evaluation_on_three_processes_is_that_on_one(tmp_path, folder):
     out = tmp_path / "out"
-    run("train_finetune", *FILES, "--data", folder, "--views", "2", "--out", out, "--max-bad", "0.5")
-    for name in "test3.mp4", "test4.mp4":  # five clips, one unreadable: three processes don't divide them
-        (folder / "test" / "cat" / name).write_bytes((folder / "test" / "dog" / "test0.mp4").read_bytes())
+    run(
+        "train_finetune", *FILES, "--data", folder, "--views", "2", "--out", out, "--max-bad", "0.5"
+    )
+    for name in (
+        "test3.mp4",
+        "test4.mp4",
+    ):  # five clips, one unreadable: three processes don't divide them
+        (folder / "test" / "cat" / name).write_bytes(
+            (folder / "test" / "dog" / "test0.mp4").read_bytes())
     (folder / "test" / "cat" / "wrong.mp4").write_bytes(b"nothing")
     try:
         metrics = []
         for processes in 1, 3:
-            run("train_finetune", "--eval", out / "best.pt", "--data", folder, "--device", "cpu",
+            run(
+                "train_finetune", "--eval", out / "best.pt", "--data", folder, "--device", "cpu",
                 "--out", tmp_path / f"e{processes}", processes=processes)
             results = json.loads((tmp_path / f"e{processes}" / "results.json").read_text())
             assert (results["clips"], results["unreadable"]) == (5, 1)
@@ -276,12 +334,14 @@ def test_evaluation_on_three_processes_is_that_on_one(tmp_path, folder):
             (folder / "test" / "cat" / name).unlink()
 
 
-@pytest.mark.parametrize("args, words", [
-    (["--init", "nothing.pt"], "cannot read nothing.pt"),
-    (["--data", "nowhere"], "there is no folder"),
-    (["--size", "tiny", "--init", "PRETRAINED"], "must be equal"),
-    (["--eval", "PRETRAINED"], "is a pretrained model"),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--init", "nothing.pt"], "cannot read nothing.pt"),
+        (["--data", "nowhere"], "there is no folder"),
+        (["--size", "tiny", "--init", "PRETRAINED"], "must be equal"),
+        (["--eval", "PRETRAINED"], "is a pretrained model")],
+)
 def test_mistakes_in_finetuning_end_in_a_sentence(tmp_path, whole, args, words):
     args = [str(whole[0] / "last.pt") if a == "PRETRAINED" else a for a in args]
     ran = run("train_finetune", *args, "--device", "cpu", "--out", tmp_path / "out", fails=True)
@@ -294,41 +354,55 @@ def test_mistakes_in_finetuning_end_in_a_sentence(tmp_path, whole, args, words):
 
 def test_presets_are_the_papers_tables():
     """Tables 20, 22, 23, 24."""
-    common = dict(batch=512, weight_decay=0.05, warmup=4.0, frames=16, frame_step=0.16, image=224, mels=128,
-                  mask_video=0.9, joint_layers=2, decoder="shared", objective="joint", size="large")
+    common = dict(
+        batch=512, weight_decay=0.05, warmup=4.0, frames=16, frame_step=0.16, image=224, mels=128,
+        mask_video=0.9, joint_layers=2, decoder="shared", objective="joint", size="large")
     for name, table in {
         "vggsound": dict(lr=1.5e-4, epochs=400, seconds=8.0, mask_audio=0.5, encoder="separate"),
-        "audioset": dict(lr=3e-4, epochs=120, seconds=10.0, mask_audio=0.7, encoder="mid"),
-    }.items():
+        "audioset": dict(lr=3e-4, epochs=120, seconds=10.0, mask_audio=0.7, encoder="mid")}.items():
         args = vars(train_pretrain.parse(["--preset", name]))
         assert {k: args[k] for k in common | table} == common | table
-    common = dict(momentum=0.9, layer_decay=0.75, clip_grad=1.0, warmup=2.5, epochs=50, smoothing=0.3, drop_path=0.3,
-                  frames=32, frame_step=0.08, image=224, views=4, jitter=(0.9, 1.33), flip=True, colour=True,
-                  time_masks=(4, 48), size="large", bottlenecks=4)
+    common = dict(
+        momentum=0.9, layer_decay=0.75, clip_grad=1.0, warmup=2.5, epochs=50, smoothing=0.3,
+        drop_path=0.3, frames=32, frame_step=0.08, image=224, views=4, jitter=(0.9, 1.33),
+        flip=True, colour=True, time_masks=(4, 48), size="large", bottlenecks=4)
     for name, table in {
-        "vggsound": dict(batch=64, lr=0.8, mixup=(0.5, 0.5, 0.5), time_shift=False, seconds=8.0, fusion_layer=16,
-                         frequency_masks=(1, 48), task="single"),
-        "epic": dict(batch=64, lr=1.2, mixup=(1.25, 0.5, 0.5), time_shift=True, seconds=8.0, fusion_layer=16, task="epic"),
-        "audioset": dict(batch=128, lr=1.6, mixup=(1.25, 0.5, 0.5), time_shift=True, seconds=10.0, fusion_layer=18,
-                         frequency_masks=(2, 36), task="many"),
+        "vggsound": dict(
+            batch=64, lr=0.8, mixup=(0.5, 0.5, 0.5), time_shift=False, seconds=8.0, fusion_layer=0,
+            frequency_masks=(1, 48), task="single"),
+        "epic": dict(
+            batch=64, lr=1.2, mixup=(1.25, 0.5, 0.5), time_shift=True, seconds=8.0, fusion_layer=0,
+            task="epic"),
+        "audioset": dict(
+            batch=128, lr=1.6, mixup=(1.25, 0.5, 0.5), time_shift=True, seconds=10.0,
+            fusion_layer=18, frequency_masks=(2, 36), task="many"),
     }.items():
-        args = vars(train_finetune.parse(["--preset", name]))
-        assert {k: args[k] for k in common | table} == common | table
+        args = train_finetune.parse(["--preset", name])
+        assert {k: vars(args)[k] for k in common | table} == common | table
+        assert train_finetune.config_of(args, (309,)).fusion_layer == (
+            18 if name == "audioset" else 16)
 
 
-@pytest.mark.parametrize("args", [["--preset", "vggsound", "--encoder", "mid"], ["--preset", "audioset"], []], ids=str)
+@pytest.mark.parametrize(
+    "args", [["--preset", "vggsound", "--encoder", "mid"], ["--preset", "audioset"], []], ids=str)
 def test_dry_run_allocates_and_writes_nothing(tmp_path, args):
     said = run("train_pretrain", *args, "--dry-run", "--out", tmp_path / "out").stdout
     if "vggsound" in args:
         assert "595,849,984 parameters" in said and "1568 tokens, 1411 masked" in said
         gflop = float(said.split(" GFLOP")[0].split()[-1])
-        assert gflop == pytest.approx(904, rel=0.12)  # attention's recomputation is not counted here
+        assert gflop == pytest.approx(
+            904, rel=0.12
+        )  # attention's recomputation is not counted here
     assert not (tmp_path / "out").exists()
 
 
 def test_unreadable_losses_name_the_step_and_stop(tmp_path):
-    ran = run("train_pretrain", *TINY, "--out", tmp_path, "--lr", "1e30", "--warmup", "0.1", fails=True)
-    assert "is not finite" in ran.stdout and "built-in clip" in ran.stdout and "in a row were not finite" in ran.stderr
+    ran = run(
+        "train_pretrain", *TINY, "--out", tmp_path, "--lr", "1e30", "--warmup", "0.1", fails=True)
+    assert (
+        "is not finite" in ran.stdout
+        and "built-in clip" in ran.stdout
+        and "in a row were not finite" in ran.stderr)
     assert "Traceback" not in ran.stderr
 
 
@@ -355,7 +429,14 @@ for p, e in zip(model.parameters(), expected):
 dist.destroy_process_group()
 """
     for world in 2, 4:
-        ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
-                              "--no-python", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+        ran = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone",
+                f"--nproc_per_node={world}", "--no-python", sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert ran.returncode == 0, ran.stderr

@@ -1,0 +1,101 @@
+"""The README says what is so: its commands parse and build, its names exist."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+
+import pytest
+import torch
+
+import avmae
+import data
+import train_finetune
+import train_pretrain
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"train_pretrain.py": train_pretrain, "train_finetune.py": train_finetune}
+
+
+def commands():
+    """Every command line of our scripts in the README, loops unrolled."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S) + re.findall(
+        r"((?:^    \S.*\n(?:        .*\n)*)+)", README, re.M)
+    for block in blocks:
+        lines = "\n".join(
+            line[4:] if line.startswith("    ") and "P --" not in line else line
+            for line in block.splitlines())
+        if not re.search(r"(train_\w+|data)\.py", lines):
+            continue
+        shell = (
+            'torchrun() { echo "RUN $*"; }; python() { torchrun "$@"; }; pip() { :; }; pytest() { :; }\n'
+            + lines)
+        ran = subprocess.run(["bash", "-euc", shell], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        yield from (line[4:] for line in ran.stdout.splitlines() if line.startswith("RUN "))
+
+
+def test_there_are_commands_for_the_papers_tables():
+    found = list(commands())
+    assert len(found) > 50
+    for table in range(1, 25):
+        assert re.search(
+            rf"Tables? [^#\n]*\b{table}\b|Tables? 11-13|Table 20 to 24|Tables 22-24", README), table
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_a_command_of_the_readme(command):
+    words = shlex.split(command)
+    script = next(w for w in words if w.endswith(".py"))
+    args = words[words.index(script) + 1 :]
+    if script == "data.py":
+        assert args[0] in ("check", "prepare")
+        return
+    module = SCRIPTS[script]
+    if "--evaluate" in args or "--eval" in args:  # these take their settings from a checkpoint
+        args = [a for a in args if not a.endswith(".pt") and a not in ("--evaluate", "--eval")]
+    args = module.parse(args)
+    with torch.device("meta"):
+        if module is train_pretrain:
+            avmae.build(module.configs(args)[0])
+        else:
+            assert args.init == () or all(
+                "runs/" in p or p.endswith(".safetensors") for p in args.init)
+            avmae.build(module.config_of(args, (97, 300) if args.task == "epic" else (309,)))
+
+
+def test_names_in_the_readme_exist():
+    table = README[README.index("## Where the paper is") : README.index("```bash")]
+    for name in re.findall(r"`([A-Za-z_]+(?:\.[A-Za-z_]+)?)`", table):
+        if name.endswith("py") or name in ("Eq",):
+            continue
+        owner = next(
+            (
+                m
+                for m in (avmae, data, train_pretrain, train_finetune)
+                if hasattr(m, name.split(".")[0])),
+            None,
+        )
+        assert owner, name
+        thing = owner
+        for part in name.split("."):
+            thing = getattr(thing, part)
+    for file in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / file).exists(), file
+
+
+def test_the_readmes_embedding_of_a_clip(tmp_path, monkeypatch):
+    import media
+
+    code = README[README.index("```python") + 9 :]
+    code = code[: code.index("```")]
+    monkeypatch.chdir(tmp_path)
+    media.write(tmp_path / "clip.mp4", seconds=3.0)
+    config, _ = train_pretrain.configs(train_pretrain.parse([]))
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    avmae.save(avmae.build(config), tmp_path / "runs" / "demo" / "last.pt")
+    scope = {}
+    exec(code, scope)
+    assert {m: tuple(x.shape) for m, x in scope["embedding"].items()} == {
+        "video": (1, 96), "audio": (1, 96)}
