@@ -697,6 +697,7 @@ def save(model, path, **extra):
 
 def load(path, **assume):
     """The model of a checkpoint in eval mode: ours, the authors' (Flax), or a ViT in timm's names.
+    Its `notes` say what was assumed, changed or left out of a foreign file.
 
     assume: what a foreign file cannot tell, see `from_official`. ValueError if it is none of these.
     """
@@ -708,6 +709,7 @@ def load(path, **assume):
         raise ValueError(
             f"{path} does not fit its own settings: missing {missing[:3]}, unexpected {unexpected[:3]}"
         )
+    model.notes = checkpoint.get("notes", [])
     return model.eval()
 
 

@@ -127,9 +127,11 @@ class Media:
         except AV_ERRORS as error:
             raise ClipError(f"cannot be opened ({type(error).__name__})") from None
         streams = self.container.streams
-        pictures = [s for s in streams.video if not s.disposition & s.disposition.attached_pic]
-        self.video = pictures[0] if pictures else None  # a song's cover is no video
-        self.audio = streams.audio[0] if streams.audio else None
+        # a stream of no known codec has no context; a song's cover is no video
+        pictures = [s for s in streams.video if s.codec_context
+                    and not s.disposition & s.disposition.attached_pic]
+        sounds = [s for s in streams.audio if s.codec_context]
+        self.video, self.audio = pictures[0] if pictures else None, sounds[0] if sounds else None
         if "video" in modalities and self.video is None:
             self.close()
             raise ClipError("no picture")
@@ -149,8 +151,10 @@ class Media:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, _):
         self.close()
+        if kind and issubclass(kind, AV_ERRORS):  # whatever went wrong while reading
+            raise ClipError(f"cannot be decoded ({kind.__name__})") from error
 
     def length(self, stream):
         """End of a stream, s; by its header, else its container's, else its last packet."""
@@ -183,19 +187,14 @@ class Media:
                     last = float(frame.pts * frame.time_base) - self.origin
                 yield last, frame
 
-        try:
-            seek(start)
-            first = next(found := frames(), None)
-            if (
-                first is None or first[0] > start + 1e-3
-            ):  # an index that lies: decode from the beginning
-                seek(-1.0)
-                yield from frames()
-            else:
-                yield first
-                yield from found
-        except AV_ERRORS as error:
-            raise ClipError(f"cannot be decoded ({type(error).__name__})") from None
+        seek(start)
+        first = next(found := frames(), None)
+        if first is None or first[0] > start + 1e-3:  # an index that lies: decode from the beginning
+            seek(-1.0)
+            yield from frames()
+        else:
+            yield first
+            yield from found
 
     def frames(self, times, resize):
         """The pictures shown at increasing `times`: list of (H, W, 3) uint8 arrays.
@@ -268,6 +267,8 @@ def segment_of(media, start, end):
     A segment that reaches beyond a file of about its own length means that the file is already cut.
     """
     length = max(media.length(s) for s in (media.video, media.audio) if s is not None)
+    if not 0 < length < 1e6:
+        raise ClipError(f"its stated length is {length:g} s")
     if math.isnan(start) or (end > length + 0.5 and length <= end - start + 1):
         return 0.0, length
     if start >= length:
@@ -297,7 +298,7 @@ def read_audio(media, start, begin, end, seconds):
     none, what it has repeats; nothing is filled with silence."""
     parts = [media.samples(*interval) for interval in wrapped(start, begin, end, seconds)]
     if all(np.isnan(p).all() for p in parts):
-        parts = [media.samples(begin, end)]
+        parts = [media.samples(begin, min(end, begin + 60.0))]
     sound = np.concatenate(parts)
     missing = np.isnan(sound)
     if missing.all():
@@ -952,7 +953,7 @@ def examine(i, clips):
                     for at, _ in media.decode(stream, begin):
                         if at > end:
                             break
-            except ClipError as error:
+            except (ClipError, *AV_ERRORS) as error:
                 warnings.append(f"damaged outside the first window: {error}")
         return "warning" if warnings else "", ", ".join(warnings)
     except ClipError as error:

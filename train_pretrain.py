@@ -444,6 +444,8 @@ if __name__ == "__main__":
     elif args.init:
         initial = avmae.load(
             args.init, encoder=args.encoder, decoder=args.decoder, objective=args.objective)
+        for note in initial.notes:
+            say(f"{args.init}: {note}")
         try:
             model.load_state_dict(initial.state_dict())
         except RuntimeError as error:
@@ -623,15 +625,16 @@ if __name__ == "__main__":
         constant = constant_error(
             model.cpu(), few,
             load(held_out, batch_sampler=[[(0, i)] for i in range(min(256, len(held_out)))]))
-        print(
-            "held-out error: mean squared, as a share of the best constant prediction's, and by how much "
-            "it is lower than with another clip's other modality")
+        print("held-out error (mean squared), as a share of the best constant prediction's, and how much")
+        print("lower it is than with another clip's other modality:")
+        report = {}
         for key, (error, swapped) in errors.items():
-            base = constant[key.split("_")[0]]
-            print(
-                f"  {key:18s} {error:.4f}   {error / base:.3f} of constant   {1 - error / swapped:7.2%}"
-            )
+            share, gain = error / constant[key.split("_")[0]], 1 - error / swapped
+            report[key] = {"error": error, "of_constant": share, "lower_than_swapped": gain}
+            print(f"  {key:18s} {error:.4f}   {share:.3f} of constant   {gain:7.2%}")
         if not args.evaluate:
+            results = {"held_out": report, "clips": len(held_out), "settings": vars(args)}
+            (out / "results.json").write_text(json.dumps(results, indent=1))
             print(f"checkpoint {last}, log {log}, pictures {out / 'pictures'}")
     if world > 1:
         dist.destroy_process_group()

@@ -5,38 +5,39 @@ from fractions import Fraction
 import av
 import numpy as np
 
-COARSE, FINE = (
-    20,
-    200,
-)  # grey levels a second, from 16: of the upper half; of the lower, from each second on
+COARSE = 20  # grey levels a second, from 16: of the upper half
+FINE = 200  # of the lower half, which starts again each second
 
 
 def write(
     path, seconds=4.0, fps=25, rate=44_100, layout="stereo", size=(64, 48), start=0.0,
     audio_start=0.0, audio_seconds=None, times=None, clicks=(1.0, 2.5), video=True, audio=True,
-    codec="libx264", audio_codec="aac"):
+    codec="libx264", audio_codec="aac", picture=None):
     """Frames whose upper half is as bright as the time is late, and whose lower half starts again
     each second: see `times_of`. A click of 4 ms is heard at each of `clicks` (s).
 
-    start shifts both streams, audio_start the sound alone; times (s) makes the frame rate variable.
+    picture: time -> (H, W, 3) uint8, instead of that. start shifts both streams, audio_start the
+    sound alone; times (s) makes the frame rate variable.
     """
     with av.open(str(path), "w") as container:
-        picture = sound = None
+        screen = sound = None
         if video:
-            picture = container.add_stream(codec, rate=Fraction(fps).limit_denominator(100_000))
-            picture.width, picture.height, picture.pix_fmt = *size, "yuv420p"
-            picture.codec_context.time_base = Fraction(1, 60_000)
-            picture.options = {"crf": "10", "g": "50"} if codec == "libx264" else {}
+            screen = container.add_stream(codec, rate=Fraction(fps).limit_denominator(100_000))
+            screen.width, screen.height = size
+            screen.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            screen.codec_context.time_base = Fraction(1, 60_000)
+            screen.options = {"crf": "10", "g": "50"} if codec == "libx264" else {}
         if audio:
             sound = container.add_stream(audio_codec, rate=rate, layout=layout)
         if video:
             for t in np.arange(round(seconds * fps)) / fps if times is None else times:
                 image = np.full((size[1], size[0], 3), round(16 + FINE * (t % 1)), np.uint8)
                 image[: size[1] // 2] = round(16 + COARSE * t)
+                image = image if picture is None else picture(t)
                 frame = av.VideoFrame.from_ndarray(image, format="rgb24")
                 frame.pts, frame.time_base = round((t + start) * 60_000), Fraction(1, 60_000)
-                container.mux(picture.encode(frame))
-            container.mux(picture.encode(None))
+                container.mux(screen.encode(frame))
+            container.mux(screen.encode(None))
         if audio:
             length = seconds if audio_seconds is None else audio_seconds
             wave = np.zeros(round(length * rate), np.float32)
