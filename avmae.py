@@ -16,7 +16,7 @@ import json
 import math
 import pickle
 import re
-from dataclasses import asdict, dataclass, field, replace  # noqa: F401
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -46,18 +46,24 @@ SIZES = {  # name: (encoder, its decoder). Base and large: Table 21; the others 
 }
 
 
-# Fusion strategies (Fig. 2, Sec. 3.2 and 3.3) as stages (how, depth), for L layers of which S joint.
-# separate: own weights, own pass. shared: same weights, own pass. joint: same weights, one pass over
-# the concatenated modalities.
+# Fusion strategies (Fig. 2, Sec. 3.2 and 3.3) as stages (how, depth); L layers, S of them joint.
+# separate: own weights, own pass. shared: same weights, own pass. joint: same weights, one pass
+# over the concatenated modalities.
 PLANS = {
-    "early": lambda L, S: [("joint", L)], "separate": lambda L, S: [("separate", L)],
-    "shared": lambda L, S: [("shared", L)], "mid": lambda L, S: [("separate", L - S), ("joint", S)]}
+    "early": lambda L, S: [("joint", L)],
+    "separate": lambda L, S: [("separate", L)],
+    "shared": lambda L, S: [("shared", L)],
+    "mid": lambda L, S: [("separate", L - S), ("joint", S)],
+}
+
 # Objectives (Fig. 3, Sec. 3.4) as decoder passes {target: whose visible tokens it is decoded from}.
 CONTEXT = {
-    "joint": [{"video": "video", "audio": "audio"}], "video_from_audio": [{"video": "audio"}],
+    "joint": [{"video": "video", "audio": "audio"}],
+    "video_from_audio": [{"video": "audio"}],
     "audio_from_video": [{"audio": "video"}],
     "inpaint_both": [{"video": "audio", "audio": "video"}],
-    "joint_inpaint": [{"video": "video", "audio": "audio"}, {"video": "audio", "audio": "video"}]}
+    "joint_inpaint": [{"video": "video", "audio": "audio"}, {"video": "audio", "audio": "video"}],
+}
 
 
 def _known(name, choices, what):
@@ -143,8 +149,8 @@ class PretrainConfig(Inputs):
                 f"objective {self.objective} predicts one modality from the other and needs both")
         if self.encoder in ("separate", "shared"):
             raise ValueError(
-                f"inpainting needs early or mid fusion: with a {self.encoder} encoder the tokens of "
-                "one modality know nothing of the other, which they must predict (Sec. 3.4)")
+                f"inpainting needs early or mid fusion: with a {self.encoder} encoder the tokens "
+                "of one modality know nothing of the other, which they must predict (Sec. 3.4)")
         for target, context in CONTEXT[self.objective][-1].items():
             visible = self.tokens(context) - self.masked(context)
             if visible >= self.tokens(target):
@@ -224,7 +230,8 @@ def unpatchify(patches, modality, patch, shape):
 
 
 def sinusoid(count, width, device=None):
-    """Fixed positions (N, D): pos[p, 2i] = sin(p w_i), pos[p, 2i+1] = cos(p w_i), w_i = 10000^(-2i/D)."""
+    """Fixed positions (N, D): pos[p, 2i] = sin(p w_i), pos[p, 2i+1] = cos(p w_i), where
+    w_i = 10000^(-2i/D). Made for the length at hand, so that any length will do."""
     frequency = 10000.0 ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
     angle = torch.arange(count, device=device, dtype=torch.float64)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
@@ -257,8 +264,8 @@ class Embed(nn.Module):
 
     def __init__(self, modality, config):
         super().__init__()
-        self.modality, self.patch, self.norm = (
-            modality, config.patch[modality], config.norm[modality])
+        self.modality = modality
+        self.patch, self.norm = config.patch[modality], config.norm[modality]
         numbers = math.prod(self.patch) * (3 if modality == "video" else 1)
         self.linear = nn.Linear(numbers, config.size.width)
         std = numbers**-0.5 / 0.87962566103423978  # a normal cut at 2 std has that std
@@ -320,7 +327,7 @@ class Block(nn.Module):
             nn.init.normal_(layer.bias, std=1e-6)
 
     def forward(self, x, keep=None):
-        """x (B, N, D); keep (2, B, 1, 1) of 0 and 1, or None: stochastic depth of the two branches."""
+        """x (B, N, D) -> same; keep (2, B, 1, 1) of 0 and 1, or None: the branches not dropped."""
         attended = self.attn(self.norm1(x))
         x = x + (attended if keep is None else attended * keep[0])
         mixed = self.mlp(self.norm2(x))
@@ -351,14 +358,10 @@ class Fusion(nn.Module):
     def __init__(self, fusion, size, modalities, joint_layers=2):
         super().__init__()
         self.plan = PLANS[fusion](size.layers, joint_layers)
-        self.stages = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    name: Stack(size, depth)
-                    for name in (modalities if how == "separate" else ["all"])}
-            )
-            for how, depth in self.plan
-        )
+        self.stages = nn.ModuleList()
+        for how, depth in self.plan:
+            names = modalities if how == "separate" else ["all"]
+            self.stages.append(nn.ModuleDict({name: Stack(size, depth) for name in names}))
 
     def forward(self, tokens, keep=None):
         """tokens {m: (B, N_m, D)} -> same; keep {m: (L, 2, B, 1, 1)} or None."""
@@ -439,9 +442,7 @@ class AVMAE(nn.Module):
 
         masks: (visible, masked) as `draw_masks` makes them; drawn if not given.
         """
-        patches = {
-            m: embed.patchify(inputs[m]) for m, embed in self.embed.items()
-        }  # {m: (B, N, P)}
+        patches = {m: self.embed[m].patchify(inputs[m]) for m in self.embed}  # {m: (B, N, P)}
         if masks is None:
             masks = self.draw_masks(len(next(iter(patches.values()))))
         visible, masked = (
@@ -474,7 +475,7 @@ class AVMAE(nn.Module):
         """Positions of the context tokens (B, V) and of the tokens to predict (B, M).
 
         Tokens of the target itself go where they belong. Another modality's tokens have no place
-        in it: they take the first V positions, whatever they are, and the rest is predicted (Fig. 3).
+        in it: they take the first V positions, and the rest is predicted (Fig. 3).
         """
         if target == context:
             return visible[target], masked[target]
@@ -489,19 +490,16 @@ class AVMAE(nn.Module):
         for target, context in contexts.items():
             given, asked = where[target]
             position = sinusoid(counts[target], self.config.decoder_size.width, given.device)
-            tokens[target] = torch.cat(
-                [
-                    self.project[context](latent[context]) + position[given],
-                    self.mask_token[target] + position[asked]],
-                dim=1,
-            )
+            context_tokens = self.project[context](latent[context]) + position[given]
+            mask_tokens = self.mask_token[target] + position[asked]
+            tokens[target] = torch.cat([context_tokens, mask_tokens], dim=1)
             if self.config.modality_tokens:
                 tokens[target] = tokens[target] + self.decoder_token[target]
         decoded = self.decoder(tokens)
         return {t: x[:, where[t][0].shape[1] :] for t, x in decoded.items()}
 
     def target(self, modality, patches):
-        """Raw patches (B, M, P) -> what is to be predicted, in float32."""
+        """Raw patches (B, M, P) -> what is to be predicted."""
         goal = self.embed[modality].normalise(patches)
         return standardise(goal) if self.config.standardise else goal
 
@@ -584,7 +582,8 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, inputs, keep=None):
-        """inputs as for AVMAE, keep as `draw_keep` makes it -> logits {m: (B, C)}, or (B, segments, C).
+        """inputs as for AVMAE, keep as `draw_keep` makes it -> logits {m: (B, C)}, or of each
+        segment {m: (B, segments, C)}.
 
         At test time the logits are the mean over modalities; in training each has its own loss.
         """
@@ -603,8 +602,8 @@ class Classifier(nn.Module):
             {m: self.pool(m, x, inputs[m].shape[1]) for m, x in tokens.items()} if pool else tokens)
 
     def pool(self, modality, x, frames):
-        """Mean over tokens, (B, N, D) -> (B, D); with segments, over the tokens whose centre in time
-        lies in a segment, -> (B, segments, D)."""
+        """Mean over tokens, (B, N, D) -> (B, D); with segments, over the tokens whose centre in
+        time lies in a segment, -> (B, segments, D)."""
         if self.config.segments == 1:
             return x.mean(1)
         patch = self.config.patch[modality][0]
@@ -707,7 +706,8 @@ def load(path, **assume):
     missing = [name for name in missing if not name.startswith(tuple(checkpoint.get("fresh", ())))]
     if missing or unexpected:
         raise ValueError(
-            f"{path} does not fit its own settings: missing {missing[:3]}, unexpected {unexpected[:3]}"
+            f"{path} does not fit its own settings: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}"
         )
     model.notes = checkpoint.get("notes", [])
     return model.eval()
@@ -883,7 +883,8 @@ def _official_config(params, state, finetuned, fusion_layer, encoder, decoder, o
         if classes == 527:
             norm["audio"] = (1.102, 2.762)
             notes.append(
-                "527 classes: spectrograms are normalised by mean 1.102, std 2.762, as they were in finetuning"
+                "527 classes: spectrograms are normalised by mean 1.102, std 2.762, as they were "
+                "in finetuning"
             )
         return ClassifierConfig(
             **common, fusion_layer=fusion_layer, norm=norm,

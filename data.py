@@ -1,6 +1,6 @@
 """Clips for Audiovisual Masked Autoencoders: video files with sound, or generated ones.
 
-    files, annotations -> Index -> Clips[(epoch, i)] -> {"audio": (T, F), "video": (T, H, W, 3), ...}
+    files, annotations -> Index -> Clips[(epoch, i)] -> {"audio": (T, F), "video": (T, H, W, 3)}
 
 A clip is cut by time: frames and sound of the same moments, whatever the file's own rates (paper
 Sec. 4.1). All randomness comes from (seed, epoch, i), and batch k from (seed, k): order, crops and
@@ -189,7 +189,7 @@ class Media:
 
         seek(start)
         first = next(found := frames(), None)
-        if first is None or first[0] > start + 1e-3:  # an index that lies: decode from the beginning
+        if first is None or first[0] > start + 1e-3:  # an index that lies: decode it all
             seek(-1.0)
             yield from frames()
         else:
@@ -219,7 +219,7 @@ class Media:
         return pictures + [last] * (len(times) - len(pictures))
 
     def samples(self, start, stop):
-        """Sound from `start` to `stop`, mono at 16 kHz: (S,) float32, NaN where the track has none."""
+        """Sound from `start` to `stop`: (S,) float32, mono, 16 kHz, NaN where there is none."""
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
         parts, begin, heard = [], None, 0.0
         for at, frame in self.decode(self.audio, start - PREROLL):
@@ -240,7 +240,7 @@ class Media:
         return sound
 
     def picture(self, frame, resize):
-        """A frame, or a packet that holds one, as upright (H, W, 3) uint8 of the size `resize` says."""
+        """A frame, or a packet that holds one, as upright (H, W, 3) uint8, resized."""
         if isinstance(frame, av.Packet):
             frame = frame.decode()[0]
         if frame.is_corrupt:
@@ -330,8 +330,8 @@ def crop(video, size, rng=None):
 
 
 def colour_jitter(video, rng):
-    """Spec of Tables 22-24: with probability 0.8 brightness, saturation, contrast and hue, then with
-    probability 0.1 grayscale; the same draw for all frames. (T, H, W, 3) uint8 -> same."""
+    """With probability 0.8 brightness, saturation, contrast and hue, then with probability 0.1
+    grayscale (finetuning recipe); one draw for all frames. (T, H, W, 3) uint8 -> same."""
     x = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float() / 255
     jittered, gray = rng.random() < 0.8, rng.random() < 0.1
     brightness, hue = rng.uniform(-32 / 255, 32 / 255), rng.uniform(-0.2, 0.2)
@@ -364,7 +364,7 @@ class Clips(torch.utils.data.Dataset):
     """Clips of an Index, addressed by (epoch, i).
 
     augment None is evaluation: `views` windows at evenly spaced starts (audio on its own), centre
-    crop, and an unreadable clip has no tensors. In training, the next readable clip takes its place.
+    crop, and an unreadable clip has no tensors. In training, the next readable one replaces it.
     """
 
     def __init__(self, index, window, modalities=MODALITIES, augment=None, seed=0, views=1):
@@ -378,8 +378,8 @@ class Clips(torch.utils.data.Dataset):
         return self.index.name(i)
 
     def __getitem__(self, key):
-        """-> {"audio": (T, F) float32, "video": (T, H, W, 3) uint8, "label": (K,) int64, "index": i,
-        "bad": [(name, reason)]}; with several views, audio and video have them as first axis."""
+        """-> {"audio": (T, F) float32, "video": (T, H, W, 3) uint8, "label": (K,) int64,
+        "index": i, "bad": [(name, reason)]}; several views are the first axis of both."""
         epoch, wanted = key
         bad = []
         for i in range(wanted, wanted + (len(self) if self.augment else 1)):
@@ -407,7 +407,7 @@ class Clips(torch.utils.data.Dataset):
             for m in views[0]}
 
     def starts(self, begin, end):
-        """Evenly spaced starts of the video and of the audio windows, from the first to the last."""
+        """Evenly spaced starts of the video and the audio windows, from the first to the last."""
         room = (max(0.0, end - begin - s) for s in (self.window.video_seconds, self.window.seconds))
         return zip(*(begin + np.linspace(0, r, self.views) for r in room))
 
@@ -476,7 +476,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class Index:
-    """Clips as numpy arrays, which worker processes share: millions of Python objects they would copy.
+    """Clips as numpy arrays, which worker processes share; Python objects they would copy.
 
     names (N,) bytes, paths inside `folder`; start, end (N,) s, NaN for the whole file;
     labels (N, K) int, -1 where a clip has fewer; classes: names of the labels (of verbs, then of
@@ -560,8 +560,8 @@ def single_clip(path):
 
 
 def held_out(index, share=0.02, salt=b"held out"):
-    """A mask (N,) of about this share of the clips, by hash of the file's stem: stable when clips are
-    added, and two segments of a file stay together."""
+    """A mask (N,) of about this share of the clips, by hash of the file's stem: stable when clips
+    are added, and two segments of a file stay together."""
     stems = (pathlib.PurePath(os.fsdecode(n)).stem.encode() for n in index.names)
     hashes = (hashlib.blake2b(s, digest_size=4, salt=salt).digest() for s in stems)
     return np.array([int.from_bytes(h, "big") < share * 2**32 for h in hashes], bool)
@@ -691,8 +691,8 @@ def read_annotations(file, folder, split=None, allow_outside=False):
     """The clips that an annotation file lists and a folder has. -> Index
 
     The format is recognised from the content: VGGSound's csv, AudioSet's *_segments.csv,
-    EPIC-Kitchens-100's csv, AVE's text files, or `path[,start,end][,label...]`. Only rows of `split`
-    ("train" or "test") if the file has splits. Says how many rows found their file.
+    EPIC-Kitchens-100's csv, AVE's text files, or `path[,start,end][,label...]`. Only rows of
+    `split` ("train" or "test") if the file has splits. Says how many rows found their file.
     """
     rows = _table(file)
     if not rows:
@@ -869,7 +869,7 @@ def render(scene, times, size):
 
 
 def sound(scene, seconds):
-    """The waveform (S,) float32 at 16 kHz: a tone whose pitch is the height, a hit at each bounce."""
+    """The waveform (S,) float32 at 16 kHz: height is pitch, each bounce a hit."""
     count = round(seconds * SAMPLE_RATE)
     rng = np.random.default_rng(scene.noise)
     times = np.arange(count // HOP + 2) * (
@@ -969,7 +969,8 @@ def check(index, window, workers):
         if verdict:
             tqdm.write(f"{verdict}: {index.name(i)}: {reason}")
     print(
-        f"{len(index)} clips: {verdicts['']} fine, {verdicts['warning']} used with a warning, {verdicts['bad']} bad"
+        f"{len(index)} clips: {verdicts['']} fine, {verdicts['warning']} used with a warning, "
+        f"{verdicts['bad']} bad"
     )
     return verdicts["bad"]
 
@@ -986,7 +987,7 @@ PREPARED_SIDE = 256  # short side, pixels
 
 
 def prepare_one(i, index, target, quality):
-    """Re-encodes clip i: every frame a JPEG, sound as 16 kHz PCM. -> (bytes written, reason if bad)"""
+    """Re-encodes clip i: frames as JPEG, sound as 16 kHz PCM. -> (bytes, reason if bad)"""
     start, end = index.segment(i)
     path = pathlib.PurePath(os.fsdecode(index.names[i]))
     cut = "" if math.isnan(start) else f"_{round(start * 1000)}_{round(end * 1000)}"

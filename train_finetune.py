@@ -6,8 +6,8 @@
     python train_finetune.py --eval runs/finetune/best.pt         # evaluates only
     python train_finetune.py --eval runs/finetune/best.pt --predict clip.mp4
 
-The same command resumes. Settings, saving and the loop are those of train_pretrain.py, repeated here
-so that each script reads alone.
+The same command resumes. Settings, saving and the loop are those of train_pretrain.py, repeated
+here so that each script reads alone.
 """
 
 import argparse
@@ -318,7 +318,7 @@ def to_device(batch, device):
 
 @torch.no_grad()
 def predict(model, inputs, views):
-    """Mean logits over modalities and views: {m: (B, views, ...)} or, with one view, {m: (B, ...)}."""
+    """Mean logits over modalities and views; inputs {m: (B, views, ...)}, {m: (B, ...)} if one."""
     if views > 1:
         inputs = {m: x.flatten(0, 1) for m, x in inputs.items()}
     logits = torch.stack(list(model(inputs).values())).float().mean(0)
@@ -326,7 +326,7 @@ def predict(model, inputs, views):
 
 
 def evaluate(model, loader, args, device, autocast):
-    """All readable test clips, in order, on every process: index (N,), logits, labels, unreadable."""
+    """All readable test clips in order, on each process: index (N,), logits, labels, unreadable."""
     model.eval()
     rows, bad = [], []
     for batch in loader:
@@ -515,12 +515,13 @@ if __name__ == "__main__":
         if args.classes:
             names = tuple(pathlib.Path(args.classes).read_text().splitlines())
         elif not saved.get("names"):
-            say("the order of its classes is not known; names are those of the data, sorted, or numbers")
+            say("the order of its classes is unverified; names are the data's, sorted, or numbers")
         numbers = [tuple(f"{i}" for i in range(c)) for c in model.config.classes]
         names = saved.get("names") or names or (numbers if len(numbers) > 1 else numbers[0])
         if sum(model.config.classes) != sum(classes) and not args.predict:
             raise data.UserError(
-                f"{args.eval} tells {sum(model.config.classes)} classes apart, these clips have {sum(classes)}"
+                f"{args.eval} tells {sum(model.config.classes)} classes apart, these clips have "
+                f"{sum(classes)}"
             )
         classes = model.config.classes
     else:
@@ -736,13 +737,13 @@ if __name__ == "__main__":
             bar.write(" ".join(f"{k} {v:.4g}" for k, v in line.items()))
         if streak >= 3:
             raise data.UserError(
-                f"{streak} steps in a row were not finite: {last} holds the state before them; lower --lr"
+                f"{streak} steps in a row were not finite: {last} is from before them; lower --lr"
             )
         if all_drawn >= min(len(train), 1000) and all_unreadable > args.max_bad * (
             all_drawn + all_unreadable):
             raise data.UserError(
-                f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be read, more "
-                f"than --max-bad {args.max_bad:g}: run python data.py check on the folder")
+                f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be "
+                f"read, more than --max-bad {args.max_bad:g}: run python data.py check on the folder")
         tested = crossed(done, args.eval_every)
         metrics = test_now(last) if tested else {}
         better = tested and next(iter(metrics.values())) > best_metric

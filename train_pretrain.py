@@ -2,7 +2,7 @@
 
     torchrun train_pretrain.py --encoder mid                      # built-in clips, minutes on a CPU
     torchrun --nproc_per_node=8 train_pretrain.py --preset vggsound --data clips/ --encoder mid
-    python train_pretrain.py --evaluate runs/demo/last.pt         # held-out errors, from a checkpoint
+    python train_pretrain.py --evaluate runs/demo/last.pt         # held-out errors
     python train_pretrain.py --evaluate runs/demo/last.pt --picture clip.mp4
 
 The same command resumes a run that was stopped, with the same losses: the step is the only clock,
@@ -227,7 +227,7 @@ def evaluate(model, loader, device, autocast, seed=0):
 
 @torch.no_grad()
 def constant_error(model, train, held_out):
-    """Held-out error {modality: error} of the best constant: each patch dimension's training mean."""
+    """Held-out error {m: error} of the best constant: each patch dimension's training mean."""
 
     def targets(loader, m):
         for batch in loader:
@@ -409,7 +409,8 @@ if __name__ == "__main__":
         say(f"{sum(p.numel() for p in model.parameters()):,} parameters")
         say(f"{counter.get_total_flops() / 1e9:.2f} GFLOP a clip, forward and backward")
         say(
-            f"{len(train)} training clips, {len(held_out)} held out; {steps} steps, {steps_per_epoch} an epoch; "
+            f"{len(train)} training clips, {len(held_out)} held out; {steps} steps, "
+            f"{steps_per_epoch} an epoch; "
             f"{args.batch} clips a step = {world} processes x {local // micro} passes x {micro}")
         sys.exit()
 
@@ -556,7 +557,7 @@ if __name__ == "__main__":
                 wrong = [k for k, x in zip(result.losses, row) if not math.isfinite(x)] or [
                     "gradient"]
                 bar.write(
-                    f"step {at} is not finite in {', '.join(wrong)} and was not applied; its clips: "
+                    f"step {at} is not finite in {', '.join(wrong)} and was not applied; clips: "
                     + ", ".join(train.name(i) for i in index.tolist()))
         finite = values[values[:, -1].isfinite()]
         mean = finite.mean(0) if len(finite) else values[0]
@@ -588,13 +589,14 @@ if __name__ == "__main__":
             bar.write(" ".join(f"{k} {v:.4g}" for k, v in line.items()))
         if streak >= 3:
             raise data.UserError(
-                f"{streak} steps in a row were not finite: {last} holds the state before them; lower --lr"
+                f"{streak} steps in a row were not finite: {last} is from before them; lower --lr"
             )
         if all_drawn >= min(len(train), 1000) and all_unreadable > args.max_bad * (
             all_drawn + all_unreadable):
             raise data.UserError(
-                f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be read, more than "
-                f"--max-bad {args.max_bad:g}: see {out / 'unreadable.txt'}, or run python data.py check"
+                f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be "
+                f"read, more than --max-bad {args.max_bad:g}: see {out / 'unreadable.txt'}, or run "
+                "python data.py check"
             )
         if stopped or crossed(done, args.save_every) or crossed(done, args.keep_every):
             if rank == 0:
@@ -625,8 +627,8 @@ if __name__ == "__main__":
         constant = constant_error(
             model.cpu(), few,
             load(held_out, batch_sampler=[[(0, i)] for i in range(min(256, len(held_out)))]))
-        print("held-out error (mean squared), as a share of the best constant prediction's, and how much")
-        print("lower it is than with another clip's other modality:")
+        print("held-out error, its share of the best constant prediction's, and how much lower it")
+        print("is than with another clip's other modality:")
         report = {}
         for key, (error, swapped) in errors.items():
             share, gain = error / constant[key.split("_")[0]], 1 - error / swapped

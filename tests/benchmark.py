@@ -6,6 +6,7 @@ and prepared). Each figure is the median of interleaved repeats. --peer puts Hug
 VideoMAEForPreTraining (pip install transformers) beside ours in the video-only mode: same sizes,
 masks and data, in the same run, as a ratio.
 """
+
 import argparse
 import pathlib
 import statistics
@@ -51,7 +52,10 @@ class Step:
     def __init__(self, net, loss, device):
         self.net, self.loss, self.device = net, loss, device
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
-        self.autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else nullcontext
+        self.autocast = (
+            (lambda: torch.autocast("cuda", torch.bfloat16))
+            if device.type == "cuda"
+            else nullcontext)
         self.times = []
 
     def __call__(self):
@@ -71,14 +75,20 @@ class Step:
 
 
 def ours(args, modalities, device, compiled):
-    settings = train_pretrain.parse(["--preset", args.preset, *(["--size", args.size] if args.size else []),
-                                     "--encoder", "mid", "--modalities", *modalities])
+    settings = train_pretrain.parse(
+        [
+            "--preset", args.preset, *(["--size", args.size] if args.size else []), "--encoder",
+            "mid", "--modalities", *modalities]
+    )
     config, window = train_pretrain.configs(settings)
     torch.manual_seed(0)
     model = avmae.AVMAE(config).to(device)
     shapes = {m: (args.batch, *config.shape[m]) for m in config.modalities}
-    inputs = {m: torch.randint(0, 256, (*s, 3), dtype=torch.uint8, device=device) if m == "video"
-              else torch.randn(s, device=device) for m, s in shapes.items()}
+    inputs = {
+        m: torch.randint(0, 256, (*s, 3), dtype=torch.uint8, device=device)
+        if m == "video"
+        else torch.randn(s, device=device)
+        for m, s in shapes.items()}
     masks = tuple({m: i.to(device) for m, i in p.items()} for p in model.draw_masks(args.batch))
     net = torch.compile(model, fullgraph=True) if compiled else model
     return model, Step(net, lambda net: net(inputs, masks).loss, device), inputs, masks
@@ -86,7 +96,9 @@ def ours(args, modalities, device, compiled):
 
 def flops_of(model, inputs, masks):
     with FlopCounterMode(display=False) as counter:
-        model({m: x[:1] for m, x in inputs.items()}, tuple({m: i[:1] for m, i in p.items()} for p in masks)).loss.backward()
+        model(
+            {m: x[:1] for m, x in inputs.items()},
+            tuple({m: i[:1] for m, i in p.items()} for p in masks)).loss.backward()
     model.zero_grad()
     return counter.get_total_flops()
 
@@ -94,14 +106,21 @@ def flops_of(model, inputs, masks):
 def videomae(config, video, masks, device):
     """The peer at the same sizes, on the same pictures and with the same tokens masked."""
     from transformers import VideoMAEConfig, VideoMAEForPreTraining
+
     frames, height, _ = config.shape["video"]
-    peer = VideoMAEForPreTraining(VideoMAEConfig(
-        image_size=height, patch_size=config.patch["video"][1], num_frames=frames, tubelet_size=config.patch["video"][0],
-        hidden_size=config.size.width, num_hidden_layers=config.size.layers, num_attention_heads=config.size.heads,
-        intermediate_size=config.size.mlp, decoder_hidden_size=config.decoder_size.width,
-        decoder_num_hidden_layers=config.decoder_size.layers, decoder_num_attention_heads=config.decoder_size.heads,
-        decoder_intermediate_size=config.decoder_size.mlp, norm_pix_loss=False)).to(device)
-    where = torch.zeros(len(video), config.tokens("video"), dtype=torch.bool, device=device).scatter(1, masks[1]["video"], True)
+    peer = VideoMAEForPreTraining(
+        VideoMAEConfig(
+            image_size=height, patch_size=config.patch["video"][1], num_frames=frames,
+            tubelet_size=config.patch["video"][0], hidden_size=config.size.width,
+            num_hidden_layers=config.size.layers, num_attention_heads=config.size.heads,
+            intermediate_size=config.size.mlp, decoder_hidden_size=config.decoder_size.width,
+            decoder_num_hidden_layers=config.decoder_size.layers,
+            decoder_num_attention_heads=config.decoder_size.heads,
+            decoder_intermediate_size=config.decoder_size.mlp, norm_pix_loss=False)
+    ).to(device)
+    where = torch.zeros(
+        len(video), config.tokens("video"), dtype=torch.bool, device=device
+    ).scatter(1, masks[1]["video"], True)
     pixels = (video.permute(0, 1, 4, 2, 3).float() / 255 - 0.5) / 0.5
     return Step(peer, lambda net: net(pixel_values=pixels, bool_masked_pos=where).loss, device)
 
@@ -110,8 +129,14 @@ def steps(args, device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rate = matrix_rate(device, dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}: {rate / 1e12:.3g} TFLOP/s in matrix products")
-    print(f"{'step':24s} {'forward':>9s} {'backward':>9s} {'optimiser':>9s}  clips/s  of floor  GFLOP/clip  memory")
+    print(
+        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
+        f"{rate / 1e12:.3g} TFLOP/s in matrix products"
+    )
+    print(
+        f"{'step':24s} {'forward':>9s} {'backward':>9s} {'optimiser':>9s}  clips/s  of floor"
+        "  GFLOP/clip  memory"
+    )
     for mode, modalities in MODES.items():
         for compiled in (False, True) if args.compile else (False,):
             if device.type == "cuda":
@@ -127,12 +152,22 @@ def steps(args, device):
             for rival, timed in rivals.items():
                 parts = timed.medians()
                 speed = args.batch / sum(parts)
-                memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
-                label = f"{mode}{' compiled' if compiled and not rival else ''}{' ' + rival if rival else ''}"
-                print(f"{label:24s} " + " ".join(f"{1e3 * p:7.1f}ms" for p in parts)
-                      + f"  {speed:7.1f}  {speed * gflop * 1e9 / rate:8.2f}  {gflop:10.2f}  {memory:5.1f} GB")
+                memory = (
+                    torch.cuda.max_memory_allocated() / 1e9
+                    if device.type == "cuda"
+                    else float("nan"))
+                label = f"{mode} {rival or ('compiled' if compiled else '')}"
+                print(
+                    f"{label:24s} "
+                    + " ".join(f"{1e3 * p:7.1f}ms" for p in parts)
+                    + f"  {speed:7.1f}  {speed * gflop * 1e9 / rate:8.2f}  {gflop:10.2f}"
+                    + f"  {memory:5.1f} GB"
+                )
             if "peer" in rivals:
-                print(f"  ours / peer: {sum(rivals['peer'].medians()) / sum(step.medians()):.2f} times its clips/s")
+                print(
+                    "  ours / peer: "
+                    f"{sum(rivals['peer'].medians()) / sum(step.medians()):.2f} times its clips/s"
+                )
 
 
 def readers(args):
@@ -142,13 +177,18 @@ def readers(args):
         raw, prepared = pathlib.Path(folder) / "raw", pathlib.Path(folder) / "prepared"
         raw.mkdir()
         world = data.scene(0, 0)
-        media.write(raw / "a.mp4", seconds=10.0, size=(640, 360), clicks=range(10),
-                    picture=lambda t: data.render(world, [t], 640)[0, 140:500])
+        media.write(
+            raw / "a.mp4", seconds=10.0, size=(640, 360), clicks=range(10),
+            picture=lambda t: data.render(world, [t], 640)[0, 140:500])
         data.prepare(data.find_clips(raw), prepared, 3, 1)
         window = data.Window()
-        sets = {"raw 640x360 H.264, AAC": data.Clips(data.find_clips(raw), window, augment=data.Augment()),
-                "prepared": data.Clips(data.find_clips(prepared), window, augment=data.Augment()),
-                "built-in, demo": data.Builtin(10**6, train_pretrain.configs(train_pretrain.parse([]))[1])}
+        sets = {
+            "raw 640x360 H.264, AAC": data.Clips(
+                data.find_clips(raw), window, augment=data.Augment()),
+            "prepared": data.Clips(data.find_clips(prepared), window, augment=data.Augment()),
+            "built-in, demo": data.Builtin(
+                10**6, train_pretrain.configs(train_pretrain.parse([]))[1]),
+        }
         for name, clips in sets.items():
             times = []
             for k in range(args.repeats + 2):
@@ -159,7 +199,8 @@ def readers(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="vggsound", choices=train_pretrain.PRESETS)
     parser.add_argument("--size", default="", help="none: the preset's")
     parser.add_argument("--batch", type=int, default=64)

@@ -6,6 +6,7 @@ The kind of a file is told by its `config_json`, else by its name.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -50,7 +51,7 @@ def model_of(file, dtype, **assume):
     shape = {
         m: tuple(x.shape[1:4] if m == "video" else x.shape[1:])
         for m, x in inputs_of(file, dtype).items()}
-    config = avmae.replace(config, shape={**config.shape, **shape})
+    config = dataclasses.replace(config, shape={**config.shape, **shape})
     return config, checkpoint["model"]
 
 
@@ -116,12 +117,12 @@ def check_pretraining(path, file, dtype):
         {OURS[k]: torch.tensor(v).long() for k, v in group(file, which).items()}
         for which in ("unmasked_indices/", "masked_indices/"))
     ratio = {m: masks[1][m].shape[1] / config.tokens(m) for m in masks[1]}
-    config = avmae.replace(
+    config = dataclasses.replace(
         config, mask={**config.mask, **{m: r + 1e-9 for m, r in ratio.items()}}, encoder=encoder,
         decoder=decoder)
     inputs = inputs_of(file, dtype)
     for name, standardise in ("raw", False), ("std", True):
-        model = avmae.AVMAE(avmae.replace(config, standardise=standardise)).to(dtype)
+        model = avmae.AVMAE(dataclasses.replace(config, standardise=standardise)).to(dtype)
         model.load_state_dict(state)
         out = model(inputs, masks)
         for key, prediction in out.predictions.items():
@@ -141,7 +142,7 @@ def check_pretraining(path, file, dtype):
 
 
 def check_finetuning(path, file, dtype):
-    """Logits at test time and in training, tokens, bottlenecks, stochastic depth, losses, gradients."""
+    """Logits at test time and in training, tokens, stochastic depth, losses, gradients."""
     import train_finetune
 
     config, state = model_of(file, dtype, fusion_layer=2)
@@ -159,7 +160,8 @@ def check_finetuning(path, file, dtype):
     if "droppath/patterns_in_call_order" in file.files:
         yield from check_stochastic_depth(model, inputs, file, names, bound)
     if "out_test_without_bottlenecks/logits" in file.files:
-        alone = avmae.Classifier(avmae.replace(config, fusion_layer=config.size.layers)).to(dtype)
+        alone = avmae.Classifier(dataclasses.replace(config, fusion_layer=config.size.layers)).to(
+            dtype)
         alone.load_state_dict({k: v for k, v in state.items() if k != "trunk.bottleneck"})
         mean = torch.stack(list(alone(inputs).values())).mean(0)
         yield (
@@ -183,7 +185,7 @@ def check_finetuning(path, file, dtype):
 
 
 def check_stochastic_depth(model, inputs, file, names, bound):
-    """The file's patterns, in call order: layers 1.., modalities, attention then MLP; 1 = dropped."""
+    """The file's patterns in call order: layer 1.., modality, attention then MLP; 1 = dropped."""
     modalities, layers = model.config.modalities, model.config.size.layers
     patterns = 1 - torch.tensor(file["droppath/patterns_in_call_order"]).float()
     patterns = patterns.reshape(layers - 1, len(modalities), 2, -1, 1, 1)

@@ -27,10 +27,11 @@ def damaged(folder, per_kind=10, seed=0):
         "h264.mp4": dict(), "mpeg4.avi": dict(codec="mpeg4", audio_codec="mp3"),
         "pcm.mkv": dict(audio_codec="pcm_s16le", layout="mono"), "mjpeg.mkv": dict(codec="mjpeg"),
         "odd.mp4": dict(size=(66, 50), fps=7, rate=8_000, layout="mono"),
-        "many.mkv": dict(layout="7.1", rate=48_000, audio_codec="pcm_s16le"), "late.mp4": dict(audio_start=1.0),
-        "short_sound.mp4": dict(audio_seconds=0.7), "long_sound.mp4": dict(audio_seconds=6.0),
-        "one_frame.mp4": dict(times=[0.0]), "shifted.mkv": dict(start=3.0),
-        "mute.mp4": dict(audio=False), "blind.mp4": dict(video=False)}
+        "many.mkv": dict(layout="7.1", rate=48_000, audio_codec="pcm_s16le"),
+        "late.mp4": dict(audio_start=1.0), "short_sound.mp4": dict(audio_seconds=0.7),
+        "long_sound.mp4": dict(audio_seconds=6.0), "one_frame.mp4": dict(times=[0.0]),
+        "shifted.mkv": dict(start=3.0), "mute.mp4": dict(audio=False),
+        "blind.mp4": dict(video=False)}
     contents = {}
     for name, settings in good.items():
         if settings.get("codec") == "mjpeg":
@@ -39,7 +40,8 @@ def damaged(folder, per_kind=10, seed=0):
     for name, content in list(contents.items())[:6]:
         stem, suffix = name.split(".")
         for tenth in range(1, 10):
-            (folder / f"{stem}_cut{tenth}.{suffix}").write_bytes(content[: len(content) * tenth // 10])
+            (folder / f"{stem}_cut{tenth}.{suffix}").write_bytes(
+                content[: len(content) * tenth // 10])
         for k in range(3 * per_kind):
             flipped = bytearray(content)
             for _ in range(rng.choice((1, 20, 400))):
@@ -84,8 +86,9 @@ def corpus(per_kind=10):
                 bad.add(index.name(i))
         said = {index.name(i) for i in range(count) if data.examine(i, evaluation)[0] == "bad"}
         assert said == bad, said ^ bad
-        print(f"{count} files: {count - len(bad)} used, {len(bad)} bad in evaluation and in check, "
-              f"{replaced} replaced in training; the slowest took {slowest:.2f} s")
+        print(
+            f"{count} files: {count - len(bad)} used, {len(bad)} bad in evaluation and in check, "
+            f"{replaced} replaced in training; the slowest took {slowest:.2f} s")
 
 
 def losses(out):
@@ -97,8 +100,10 @@ def kills(times=50):
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        run = [sys.executable, str(ROOT / "train_pretrain.py"), "--clips", "64", "--batch", "8", "--epochs", str(10 * times),
-               "--log-every", "1", "--save-every", "0.125", "--eval-every", "0", "--device", "cpu", "--out"]
+        run = [
+            sys.executable, str(ROOT / "train_pretrain.py"), "--clips", "64", "--batch", "8",
+            "--epochs", str(10 * times), "--log-every", "1", "--save-every", "0.125",
+            "--eval-every", "0", "--device", "cpu", "--out"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         killed = saving = 0
@@ -106,11 +111,15 @@ def kills(times=50):
             before = (folder / "cut" / "last.pt").exists()
             process = subprocess.Popen([*run, str(folder / "cut")], **quiet)
             lines = len(losses(folder / "cut")) if before else 0
-            while process.poll() is None and (not (folder / "cut" / "log.jsonl").exists()
-                                              or len(losses(folder / "cut")) < lines + 2):
+            while process.poll() is None and (
+                not (folder / "cut" / "log.jsonl").exists()
+                or len(losses(folder / "cut")) < lines + 2):
                 time.sleep(0.01)
             time.sleep(rng.random() * 0.5)
-            while rng.random() < 0.5 and process.poll() is None and not (folder / "cut" / "last.pt.partial").exists():
+            while (
+                rng.random() < 0.5
+                and process.poll() is None
+                and not (folder / "cut" / "last.pt.partial").exists()):
                 time.sleep(0.0005)  # every second time: during a save
             saving += (folder / "cut" / "last.pt.partial").exists()
             assert process.poll() is None, "the run ended before it was killed"
@@ -119,14 +128,19 @@ def kills(times=50):
             killed += 1
         reached = max(losses(folder / "cut"))
         process = subprocess.Popen([*run, str(folder / "whole")], **quiet)
-        while not (folder / "whole" / "log.jsonl").exists() or max(losses(folder / "whole"), default=0) < reached:
+        while (
+            not (folder / "whole" / "log.jsonl").exists()
+            or max(losses(folder / "whole"), default=0) < reached):
             assert process.poll() is None
             time.sleep(0.1)
         process.kill()
         process.wait()
         whole, cut = losses(folder / "whole"), losses(folder / "cut")
         assert all(whole[step] == loss for step, loss in cut.items())
-        print(f"killed {killed} times, {saving} of them during a save; {len(cut)} steps with the losses of a whole run")
+        print(
+            f"killed {killed} times, {saving} of them during a save; {len(cut)} steps with the "
+            "losses of a whole run"
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Clips: the right moments of real files, and what happens with the wrong files."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def sound_of(path, start, stop):
         return m.samples(start, stop)
 
 
-# ------------------------------------------------------------------------------------ reading by time
+# ---------------------------------------------------------------------------------- reading by time
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_segments_are_cut(tmp_path):
             data.segment_of(m, 20.0, 24.0)
 
 
-# ------------------------------------------------------------------------------------ bad files
+# ---------------------------------------------------------------------------------------- bad files
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +314,7 @@ def test_prepare_applies_segments_and_annotations_still_fit(tmp_path):
     assert abs(shown[0] - 2.0) < 0.05
 
 
-# ------------------------------------------------------------------------------------ annotations
+# -------------------------------------------------------------------------------------- annotations
 
 EPIC = textwrap.dedent("""\
     narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes
@@ -352,8 +353,9 @@ def test_audioset(tmp_path):
     touch(tmp_path, "Yaaaaaaaaaaa.mp4", "bbbbbbbbbbb_20000_30000.mp4")
     file = tmp_path / "eval_segments.csv"
     file.write_text(
-        "# Segments csv created\n# num_ytids=2\n# YTID, start_seconds, end_seconds, positive_labels\n"
-        'aaaaaaaaaaa, 30.000, 40.000, "/m/09x0r,/m/05zppz"\nbbbbbbbbbbb, 20.000, 30.000, "/m/09x0r"\n'
+        "# Segments csv created\n# num_ytids=2\n# YTID, start_seconds, positive_labels\n"
+        'aaaaaaaaaaa, 30.000, 40.000, "/m/09x0r,/m/05zppz"\n'
+        'bbbbbbbbbbb, 20.000, 30.000, "/m/09x0r"\n'
     )
     with pytest.raises(UserError, match="class_labels_indices.csv"):
         data.read_annotations(file, tmp_path)
@@ -451,7 +453,7 @@ def test_held_out_and_fraction(tmp_path):
     assert quarter < half and 0.45 < len(half) / 2000 < 0.55
 
 
-# ------------------------------------------------------------------------------------ sampler
+# ------------------------------------------------------------------------------------------ sampler
 
 
 @pytest.mark.parametrize("count, batch", [(10, 4), (3, 8), (1, 4), (64, 64)])
@@ -471,7 +473,7 @@ def test_processes_and_resuming_change_nothing():
     assert list(Batches(50, 12, 8, 0, 20)) != whole
 
 
-# ------------------------------------------------------------------------------------ sound and transforms
+# ----------------------------------------------------------------------------- sound and transforms
 
 
 def test_log_mel():
@@ -528,7 +530,7 @@ def test_spec_augment():
     assert shifted.sort(0).values.equal(mel.sort(0).values) and not shifted.equal(mel)
 
 
-# ------------------------------------------------------------------------------------ built-in clips
+# ----------------------------------------------------------------------------------- built-in clips
 
 
 def test_built_in_clips_are_deterministic():
@@ -574,7 +576,7 @@ def test_the_shape_is_where_the_scene_says():
     for i in range(8):
         world = data.scene(1, i)
         picture = data.render(world, [0.7], 64)[0].astype(float)
-        ground = data.render(data.replace(world, radius=1e-3), [0.7], 64)[0]
+        ground = data.render(dataclasses.replace(world, radius=1e-3), [0.7], 64)[0]
         cover = np.abs(picture - ground).sum(-1)
         y, x = (np.arange(64) + 0.5) / 64, (np.arange(64) + 0.5) / 64
         centre = np.array([(cover.sum(0) * x).sum(), (cover.sum(1) * y).sum()]) / cover.sum()

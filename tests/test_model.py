@@ -48,7 +48,7 @@ def total(config):
         return sum(p.numel() for p in avmae.build(config).parameters())
 
 
-# ------------------------------------------------------------------------------------ sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_token_and_mask_counts():
     assert (audioset.tokens("audio"), audioset.masked("audio")) == (496, 347)
 
 
-# ------------------------------------------------------------------------------------ patches
+# ------------------------------------------------------------------------------------------ patches
 
 
 def test_patches_are_in_the_stated_order():
@@ -143,7 +143,7 @@ def test_positions():
         assert table[p, 2 * i + 1].item() == pytest.approx(math.cos(p * w), abs=1e-7)
 
 
-# ------------------------------------------------------------------------------------ masks
+# -------------------------------------------------------------------------------------------- masks
 
 
 def test_masks_partition_the_tokens():
@@ -184,7 +184,7 @@ def test_masked_patches_are_not_seen():
     assert all(before[k].equal(after[k]) for k in before)
 
 
-# ------------------------------------------------------------------------------------ variants
+# ----------------------------------------------------------------------------------------- variants
 
 
 @pytest.mark.parametrize(
@@ -265,12 +265,12 @@ def test_one_modality(modality):
     assert set(out.losses) == {modality} and out.loss == 0.5 * out.losses[modality]
 
 
-# ------------------------------------------------------------------------------------ objectives
+# --------------------------------------------------------------------------------------- objectives
 
 
 def classic_joint_loss(model, x, masks):
-    """The formulation with sequences in order and a binary mask: mask tokens fill the gaps, the loss
-    is a masked mean over all tokens."""
+    """The formulation with sequences in order and a binary mask: mask tokens fill the gaps, the
+    loss is a masked mean over all tokens."""
     latent = model.encode({m: avmae.patchify(x[m], m, TINY["patch"][m]) for m in x}, masks[0])
     tokens, binary, targets = {}, {}, {}
     for m in x:
@@ -366,7 +366,7 @@ def test_modality_tokens():
         assert not before[m].equal(after[m])
 
 
-# ------------------------------------------------------------------------------------ initialisation
+# ----------------------------------------------------------------------------------- initialisation
 
 
 def test_initialisation():
@@ -393,7 +393,7 @@ def test_initialisation():
         if n.endswith("bias") and "mlp" not in n and "norm" not in n)
 
 
-# ------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_an_input_that_patches_do_not_divide_is_refused():
         model(x | {"video": x["video"][:, :, :, :30]})
 
 
-# ------------------------------------------------------------------------------------ finetuning
+# --------------------------------------------------------------------------------------- finetuning
 
 
 def classifier(**settings):
@@ -525,7 +525,7 @@ def test_segments_of_ave():
         0, :, 0].tolist() == list(range(10))
 
 
-# ------------------------------------------------------------------------------------ transfer
+# ----------------------------------------------------------------------------------------- transfer
 
 
 def test_transfer_needs_equal_sizes():
@@ -555,7 +555,7 @@ def test_an_audio_model_initialises_both_streams():
         target.embed["video"].linear.weight.equal(before) and "embed.video.linear.weight" in fresh)
 
 
-# ------------------------------------------------------------------------------------ the file
+# ----------------------------------------------------------------------------------------- the file
 
 
 def test_compiles_without_graph_breaks():
@@ -570,9 +570,11 @@ def test_copies_alone(tmp_path):
     code = (
         "import sys, torch, avmae; loaded = set(sys.modules); "
         "assert not {'av', 'torchvision', 'torchaudio', 'msgpack', 'numpy.f2py', 'data'} & loaded; "
-        "s = avmae.Size(24, 2, 2, 32); c = avmae.PretrainConfig(size=s, decoder_size=s, joint_layers=1, "
+        "s = avmae.Size(24, 2, 2, 32); "
+        "c = avmae.PretrainConfig(size=s, decoder_size=s, joint_layers=1, "
         "shape={'video': (4, 32, 32), 'audio': (32, 32)}); "
-        "avmae.AVMAE(c)({'video': torch.rand(1, 4, 32, 32, 3), 'audio': torch.rand(1, 32, 32)}).loss.backward()"
+        "x = {'video': torch.rand(1, 4, 32, 32, 3), 'audio': torch.rand(1, 32, 32)}; "
+        "avmae.AVMAE(c)(x).loss.backward()"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0 and ran.stdout == "", ran.stderr

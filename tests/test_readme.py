@@ -29,7 +29,8 @@ def commands():
         if not re.search(r"(train_\w+|data)\.py", lines):
             continue
         shell = (
-            'torchrun() { echo "RUN $*"; }; python() { torchrun "$@"; }; pip() { :; }; pytest() { :; }\n'
+            'torchrun() { echo "RUN $*"; }; python() { torchrun "$@"; }; '
+            "pip() { :; }; pytest() { :; }\n"
             + lines)
         ran = subprocess.run(["bash", "-euc", shell], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr

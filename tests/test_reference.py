@@ -134,7 +134,7 @@ def test_finetuning_optimiser():
 
 
 def test_pretraining_optimiser():
-    """Six steps of Adam with decoupled decay; torch decays before the step, the authors after it."""
+    """Six steps of Adam with decoupled decay; torch decays before a step, the authors after it."""
     file = reference("optimizers.npz")
     paths = [
         k.removeprefix("pretrain/step0/param/")

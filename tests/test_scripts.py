@@ -59,7 +59,7 @@ def whole(tmp_path_factory):
     return out, ran.stdout
 
 
-# ------------------------------------------------------------------------------------ pretraining
+# -------------------------------------------------------------------------------------- pretraining
 
 
 def test_a_run_leaves_what_it_says(whole):
@@ -212,7 +212,7 @@ def test_mistakes_end_in_a_sentence(tmp_path, args, words):
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------ real files
+# --------------------------------------------------------------------------------------- real files
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def test_finetuning_on_files_and_what_can_be_done_with_the_model(tmp_path, folde
         assert words in said and "picture alone" in said and "cat" in said
 
 
-# ------------------------------------------------------------------------------------ finetuning
+# --------------------------------------------------------------------------------------- finetuning
 
 FINE = ["--per-class", "1", "--batch", "4", "--epochs", "3", "--log-every", "1", "--device", "cpu"]
 
@@ -349,12 +349,14 @@ def test_mistakes_in_finetuning_end_in_a_sentence(tmp_path, whole, args, words):
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------ benchmarks
+# --------------------------------------------------------------------------------------- benchmarks
 
 
 def epic_csv(rows):
-    head = ("narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
-            "start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes\n")
+    head = (
+        "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
+        "start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes\n"
+    )
     return head + "".join(
         f"{v}_{k},P01,{v},00:00:01.089,00:00:{a:05.2f},00:00:{b:05.2f},8,202,x,x,{verb},x,{noun},['x'],[3]\n"
         for k, (v, a, b, verb, noun) in enumerate(rows))
@@ -368,70 +370,100 @@ def benchmark(folder, name):
         (folder / "class_labels_indices.csv").write_text(
             "index,mid,display_name\n" + "".join(f'{i},/m/0{i},"Sound {i}"\n' for i in range(527)))
         for part, ids in ("train", (0, 1, 2, 3)), ("eval", (4, 5, 0)):
-            (folder / f"{part}_segments.csv").write_text("# a\n# b\n# c\n" + "".join(
-                f'P01_0{i}, 30.000, 33.000, "/m/0{i},/m/09"\n' for i in ids))
-        return ["--annotations", folder / "train_segments.csv", "--val-annotations", folder / "eval_segments.csv"]
+            (folder / f"{part}_segments.csv").write_text(
+                "# a\n# b\n# c\n"
+                + "".join(f'P01_0{i}, 30.000, 33.000, "/m/0{i},/m/09"\n' for i in ids))
+        return [
+            "--annotations", folder / "train_segments.csv", "--val-annotations",
+            folder / "eval_segments.csv"]
     if name == "epic":
         for part, ids in ("train", (0, 1, 2, 3)), ("validation", (4, 5)):
             (folder / f"EPIC_100_{part}.csv").write_text(
                 epic_csv([(f"P01_0{i}", 0.5, 2.5, i, 10 * i) for i in ids]))
-        return ["--annotations", folder / "EPIC_100_train.csv", "--val-annotations", folder / "EPIC_100_validation.csv"]
+        return [
+            "--annotations", folder / "EPIC_100_train.csv", "--val-annotations",
+            folder / "EPIC_100_validation.csv"]
     if name == "ave":
         for part, ids in ("train", (0, 1, 2, 3)), ("test", (4, 5)):
-            (folder / f"{part}Set.txt").write_text("".join(f"{'Bark' if i % 2 else 'Axe'}&P01_0{i}&good&2&7\n" for i in ids))
-        return ["--annotations", folder / "trainSet.txt", "--val-annotations", folder / "testSet.txt"]
-    (folder / "vggsound.csv").write_text("".join(
-        f'P01_0{i},30,"sound, {i % 2}",{"test" if i > 3 else "train"}\n' for i in range(6)))
+            (folder / f"{part}Set.txt").write_text(
+                "".join(f"{'Bark' if i % 2 else 'Axe'}&P01_0{i}&good&2&7\n" for i in ids))
+        return [
+            "--annotations", folder / "trainSet.txt", "--val-annotations", folder / "testSet.txt"]
+    (folder / "vggsound.csv").write_text(
+        "".join(f'P01_0{i},30,"sound, {i % 2}",{"test" if i > 3 else "train"}\n' for i in range(6)))
     return ["--annotations", folder / "vggsound.csv"]
 
 
-@pytest.mark.parametrize("name, metrics, clips", [
-    ("vggsound", ["top-1", "top-5"], 2), ("audioset", ["mAP", "AUC", "d-prime"], 3),
-    ("epic", ["action", "verb", "noun"], 2), ("ave", ["segment accuracy"], 2)])
+@pytest.mark.parametrize(
+    "name, metrics, clips",
+    [
+        ("vggsound", ["top-1", "top-5"], 2), ("audioset", ["mAP", "AUC", "d-prime"], 3),
+        ("epic", ["action", "verb", "noun"], 2), ("ave", ["segment accuracy"], 2)],
+)
 def test_a_benchmark_in_its_official_format(tmp_path, name, metrics, clips):
     args = benchmark(tmp_path, name)
-    small = ["--size", "demo", "--fusion-layer", "2", "--image", "32", "--tubelet", "2", "8", "8", "--mels", "32",
-             "--frames", "4" if name != "ave" else "32", "--epochs", "2", "--batch", "4", "--log-every", "1",
-             "--device", "cpu", "--workers", "1", "--frequency-masks", "1", "8", "--out", tmp_path / "out"]
+    small = [
+        "--size", "demo", "--fusion-layer", "2", "--image", "32", "--tubelet", "2", "8", "8",
+        "--mels", "32", "--frames", "4" if name != "ave" else "32", "--epochs", "2", "--batch", "4",
+        "--log-every", "1", "--device", "cpu", "--workers", "1", "--frequency-masks", "1", "8",
+        "--out", tmp_path / "out"]
     if name != "ave":
         small += ["--seconds", "1.28", "--views", "2"]
     run("train_finetune", "--preset", name, "--data", tmp_path / "clips", *args, *small)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["metrics"]) == metrics and results["clips"] == clips
     saved = avmae.read(tmp_path / "out" / "last.pt")
-    assert saved["config"]["classes"] == {"vggsound": [2], "audioset": [527], "epic": [97, 300], "ave": [3]}[name]
+    assert (
+        saved["config"]["classes"]
+        == {"vggsound": [2], "audioset": [527], "epic": [97, 300], "ave": [3]}[name])
     assert all(np.isfinite(list(losses(tmp_path / "out").values())))
     if name == "vggsound":
-        ran = run("train_finetune", "--eval", tmp_path / "out" / "last.pt", "--out", tmp_path / "e", fails=True,
-                  )  # the built-in clips have 16 classes
+        ran = run(
+            "train_finetune",
+            "--eval",
+            tmp_path / "out" / "last.pt",
+            "--out",
+            tmp_path / "e",
+            fails=True,
+        )  # the built-in clips have 16 classes
         assert "there is no" in ran.stderr or "classes apart" in ran.stderr
 
 
 def test_the_authors_finetuned_model_labels_a_file(tmp_path):
     from test_import import encode, nested, official
     from test_reference import reference
-    (tmp_path / "released").write_bytes(encode({"params": nested(official(reference("mbt__rgb_spectrogram.npz")))}))
+
+    (tmp_path / "released").write_bytes(
+        encode({"params": nested(official(reference("mbt__rgb_spectrogram.npz")))}))
     (tmp_path / "classes.txt").write_text("".join(f"sound {i}\n" for i in range(7)))
     media.write(tmp_path / "clip.mp4")
-    said = run("train_finetune", "--eval", tmp_path / "released", "--fusion-layer", "2", "--frames", "4", "--image", "32",
-               "--seconds", "0.48", "--mels", "16", "--device", "cpu", "--predict", tmp_path / "clip.mp4",
-               "--classes", tmp_path / "classes.txt").stdout
+    said = run(
+        "train_finetune", "--eval", tmp_path / "released", "--fusion-layer", "2", "--frames", "4",
+        "--image", "32", "--seconds", "0.48", "--mels", "16", "--device", "cpu", "--predict",
+        tmp_path / "clip.mp4", "--classes", tmp_path / "classes.txt").stdout
     assert "assumed: fusion layer 2 of 4" in said and said.count("sound ") == 5
 
 
 def test_features_of_a_folder(tmp_path, whole, folder):
-    args = ["--embed", tmp_path / "features.npz", "--eval", whole[0] / "last.pt", "--data", folder / "train", "--device", "cpu"]
+    args = [
+        "--embed", tmp_path / "features.npz", "--eval", whole[0] / "last.pt", "--data",
+        folder / "train", "--device", "cpu"]
     parts = tmp_path / "features.npz.parts"
     run("train_finetune", *args, processes=2)
     once = np.load(tmp_path / "features.npz")
-    assert len(once["names"]) == 6 and once["video"].shape == once["audio"].shape == (6, 96) and not parts.exists()
+    assert (
+        len(once["names"]) == 6
+        and once["video"].shape == once["audio"].shape == (6, 96)
+        and not parts.exists())
     parts.mkdir()
-    np.savez(parts / "0.npz", names=["kept"], video=np.ones((1, 96)), audio=np.ones((1, 96)))  # of a run that was stopped
+    np.savez(
+        parts / "0.npz", names=["kept"], video=np.ones((1, 96)), audio=np.ones((1, 96))
+    )  # of a run that was stopped
     run("train_finetune", *args)
     assert np.load(tmp_path / "features.npz")["names"].tolist() == ["kept"]
 
 
-# ------------------------------------------------------------------------------------ recipes
+# ------------------------------------------------------------------------------------------ recipes
 
 
 def test_presets_are_the_papers_tables():
@@ -505,7 +537,8 @@ dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
 net = torch.nn.parallel.DistributedDataParallel(model)
-net({m: batch[m][rows] for m in avmae.MODALITIES}, tuple({m: i[rows] for m, i in p.items()} for p in masks)).loss.backward()
+mine = tuple({m: i[rows] for m, i in p.items()} for p in masks)
+net({m: batch[m][rows] for m in avmae.MODALITIES}, mine).loss.backward()
 for p, e in zip(model.parameters(), expected):
     assert (p.grad - e).norm() <= 1e-5 * e.norm() + 1e-7
 dist.destroy_process_group()
