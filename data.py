@@ -262,11 +262,12 @@ def _quarter_turns(frame):
 
 
 def segment_of(media, start, end):
-    """The part (start, end) of a file that a row means; all of it if they are NaN.
+    """The part (start, end) of a file that a row means; all of it if they are NaN. A file is as
+    long as its picture.
 
     A segment that reaches beyond a file of about its own length means that the file is already cut.
     """
-    length = max(media.length(s) for s in (media.video, media.audio) if s is not None)
+    length = media.length(media.audio if media.video is None else media.video)
     if not 0 < length < 1e6:
         raise ClipError(f"its stated length is {length:g} s")
     if math.isnan(start) or (end > length + 0.5 and length <= end - start + 1):

@@ -476,6 +476,9 @@ if __name__ == "__main__":
             None)
     elif args.data:
         labelled = data.labelled_clips(args.data, args.annotations, args.val_annotations)
+        if labelled["train"].task != args.task:
+            task = labelled["train"].task
+            raise data.UserError(f"these annotations are of --task {task}, not {args.task}")
         train = data.Clips(labelled["train"], window, modalities, augment, args.seed)
         test = data.Clips(labelled["test"], window, modalities, views=args.views)
         names = labelled["train"].classes
@@ -572,9 +575,8 @@ if __name__ == "__main__":
         if rank == 0 and args.predictions:
             with open(args.predictions, "w", newline="") as file:
                 for i, x in zip(index.tolist(), logits):
-                    tops = names_and_scores(x, args.task, classes, names)
-                    csv.writer(file).writerow(
-                        [test.name(i), *(cell for top in tops for pair in top for cell in pair)])
+                    pairs = sum(names_and_scores(x, args.task, classes, names), [])
+                    csv.writer(file).writerow([test.name(i), *(cell for p in pairs for cell in p)])
         return metrics
 
     if args.predict:
@@ -607,7 +609,7 @@ if __name__ == "__main__":
     steps_per_epoch = max(1, len(train) // args.batch)
     steps, warmup = args.epochs * steps_per_epoch, args.warmup * steps_per_epoch
     peak = args.lr * args.batch / (PRESETS[args.preset].get("batch") or SETTINGS["batch"][0])
-    alpha = args.mixup[("audio",) == modalities and 0 or ("video",) == modalities and 1 or 2]
+    alpha = args.mixup[2 if len(modalities) == 2 else ("audio", "video").index(modalities[0])]
     drop = 0.0 if args.model == "probe" else args.drop_path
     start, best_metric = 0, -1.0
     if last.exists():
@@ -743,7 +745,7 @@ if __name__ == "__main__":
             all_drawn + all_unreadable):
             raise data.UserError(
                 f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be "
-                f"read, more than --max-bad {args.max_bad:g}: run python data.py check on the folder")
+                f"read, more than --max-bad {args.max_bad:g}: run python data.py check on it")
         tested = crossed(done, args.eval_every)
         metrics = test_now(last) if tested else {}
         better = tested and next(iter(metrics.values())) > best_metric

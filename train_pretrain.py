@@ -491,7 +491,8 @@ if __name__ == "__main__":
                     json.dumps({"step": step, "held_out": {k: e for k, (e, _) in errors.items()}})
                     + "\n")
             (out / "pictures").mkdir(exist_ok=True)
-            few = data.collate([held_out[0, i] for i in range(min(4, len(held_out)))])
+            some = [5 * i % len(held_out) for i in range(min(4, len(held_out)))]  # of four classes
+            few = data.collate([held_out[0, i] for i in some])
             draw(model, to_device(few, device), out / "pictures" / f"{step:07d}")
         return errors
 

@@ -102,7 +102,7 @@ def interrupt(args, out, number, script="train_pretrain", after=3, processes=1):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
 def test_a_stopped_run_continues_with_the_same_losses(tmp_path, whole, number):
     out = tmp_path / "run"
-    slow = [*TINY, "--save-every", "0.2"]
+    slow = [*TINY, "--save-every", "0.2", "--workers", "2"]  # which change nothing either
     assert interrupt(slow, out, number) != 0
     stopped_at = avmae.read(out / "last.pt")["step"]
     assert 0 < stopped_at < 20
@@ -117,7 +117,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, whole):
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-4)
     state, expected = (avmae.read(folder / "last.pt") for folder in (tmp_path, whole[0]))
     assert state["model"].keys() == expected["model"].keys()
-    run("train_pretrain", *TINY, "--out", tmp_path)  # the same run, on one process
+    assert "of constant" in run("train_pretrain", *TINY, "--out", tmp_path).stdout  # moved to one
 
 
 def test_accumulation_gives_the_losses_of_one_pass(tmp_path, whole):
@@ -126,16 +126,6 @@ def test_accumulation_gives_the_losses_of_one_pass(tmp_path, whole):
     )
     np.testing.assert_allclose(
         list(losses(tmp_path).values()), list(losses(whole[0]).values()), rtol=2e-4)
-
-
-def test_workers_change_nothing(tmp_path, whole):
-    run("train_pretrain", *TINY, "--out", tmp_path, "--workers", "2")
-    assert losses(tmp_path) == losses(whole[0])
-
-
-def test_another_seed_is_another_run(tmp_path, whole):
-    run("train_pretrain", *TINY, "--out", tmp_path, "--seed", "1", "--epochs", "1")
-    assert losses(tmp_path)[1] != losses(whole[0])[1]
 
 
 def test_a_run_of_other_settings_is_not_overwritten(whole):
@@ -194,18 +184,12 @@ def test_evaluation_sees_the_other_modality_swapped():
 
 
 @pytest.mark.parametrize(
-    "args, words",
-    [
+    "args, words", [
         (["--data", "nowhere"], "there is no folder nowhere"),
-        (["--encoder", "separate", "--objective", "inpaint_both"], "early or mid fusion"),
         (["--encoder", "separate", "--decoder", "separate"], "--allow-uncoupled"),
         (["--batch", "9", "--micro-batch", "2"], "not divided by"),
-        (["--image", "33"], "not divided by patches"),
         (["--init", "README.md"], "neither a checkpoint of ours nor"),
-        (["--init", "nothing.pt"], "cannot read nothing.pt"),
-        (["--objective", "dream"], "invalid choice: 'dream'"),
-        (["--epochs", "many"], "invalid int value")],
-)
+        (["--objective", "dream"], "invalid choice: 'dream'")])
 def test_mistakes_end_in_a_sentence(tmp_path, args, words):
     ran = run("train_pretrain", *args, "--out", tmp_path / "out", fails=True)
     assert words in ran.stderr and "Traceback" not in ran.stderr
