@@ -197,26 +197,27 @@ class Media:
             yield from found
 
     def frames(self, times, resize):
-        """The pictures shown at increasing `times`: list of (H, W, 3) uint8 arrays.
+        """Yields the pictures shown at increasing `times`: (H, W, 3) uint8 arrays.
 
         resize: (height, width) of a picture -> of the result. The last frame with pts <= t is t's.
         """
-        shown, pictures, at = None, [], 0.0
+        shown, at, k = None, 0.0, 0
         for at, frame in self.decode(self.video, times[0]):
-            while len(pictures) < len(times) and at > times[len(pictures)] + 1e-3:
-                shown = shown if shown is not None else frame
-                shown = shown if isinstance(shown, np.ndarray) else self.picture(shown, resize)
-                pictures.append(shown)
-            if len(pictures) == len(times):
-                return pictures
+            while k < len(times) and at > times[k] + 1e-3:
+                shown = self.picture(frame if shown is None else shown, resize)
+                yield shown
+                k += 1
+            if k == len(times):
+                return
             shown = frame
         if shown is None:
             raise ClipError("no picture can be decoded")
         held = 0 if isinstance(shown, np.ndarray) else (shown.duration or 0) * shown.time_base
         if times[-1] > at + max(1.0, float(held)):
             raise ClipError(f"the picture ends at {at:.2f} s, before its stated end")
-        last = shown if isinstance(shown, np.ndarray) else self.picture(shown, resize)
-        return pictures + [last] * (len(times) - len(pictures))
+        for _ in times[k:]:
+            shown = self.picture(shown, resize)
+            yield shown
 
     def samples(self, start, stop):
         """Sound from `start` to `stop`: (S,) float32, mono, 16 kHz, NaN where there is none."""
@@ -240,7 +241,10 @@ class Media:
         return sound
 
     def picture(self, frame, resize):
-        """A frame, or a packet that holds one, as upright (H, W, 3) uint8, resized."""
+        """A frame, or a packet that holds one, as upright (H, W, 3) uint8, resized; an array is one
+        already."""
+        if isinstance(frame, np.ndarray):
+            return frame
         if isinstance(frame, av.Packet):
             frame = frame.decode()[0]
         if frame.is_corrupt:
@@ -318,7 +322,8 @@ def resizing(size, short, jitter=(1.0, 1.0)):
 
     def resize(height, width):
         scale = short / min(height, width)
-        return tuple(max(size, round(s * scale * j)) for s, j in zip((height, width), jitter))
+        sides = (2 * round(s * scale * j / 2) for s, j in zip((height, width), jitter))
+        return tuple(max(size, side) for side in sides)  # even, as the frames of prepared files are
 
     return resize
 
@@ -1014,15 +1019,14 @@ def _encode(media, container, begin, end, quality):
     picture = media.video and container.add_stream("mjpeg", rate=PREPARED_RATE)
     sound = media.audio and container.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
     if picture:
-        height, width = (
-            2 * round(s / 2)
-            for s in resizing(0, PREPARED_SIDE)(media.video.height, media.video.width))
+        size = resizing(0, PREPARED_SIDE)
+        height, width, _ = next(media.frames(np.array([begin]), size)).shape  # upright
         picture.width, picture.height, picture.pix_fmt = width, height, "yuvj420p"
         picture.codec_context.qmin = picture.codec_context.qmax = quality
         last = min(end, media.length(media.video))
         times = begin + np.arange(max(1, math.ceil((last - begin) * PREPARED_RATE - 1e-6))) / float(
             PREPARED_RATE)
-        for k, image in enumerate(media.frames(times, lambda *_: (height, width))):
+        for k, image in enumerate(media.frames(times, size)):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = k, 1 / PREPARED_RATE
             container.mux(picture.encode(frame))

@@ -19,7 +19,7 @@ SMALL = Window(frames=8, step=0.16, size=32, seconds=1.28, mels=32)
 
 def frames_at(path, times):
     with data.Media(path, ("video",)) as m:
-        return media.times_of(np.stack(m.frames(np.array(times), data.resizing(32, 32))))
+        return media.times_of(np.stack(list(m.frames(np.array(times), data.resizing(32, 32)))))
 
 
 def sound_of(path, start, stop):
@@ -230,8 +230,8 @@ def test_a_picture_that_ends_early_is_bad_where_it_is_missing(tmp_path):
     path = media.write(tmp_path / "a.mkv", seconds=3.0, audio_codec="pcm_s16le", audio_seconds=8.0)
     with data.Media(path) as m:
         with pytest.raises(data.ClipError, match="the picture ends at"):
-            m.frames(np.array([1.0, 6.0]), data.resizing(32, 32))
-        assert len(m.frames(np.array([1.0, 2.9]), data.resizing(32, 32))) == 2
+            list(m.frames(np.array([1.0, 6.0]), data.resizing(32, 32)))
+        assert len(list(m.frames(np.array([1.0, 2.9]), data.resizing(32, 32)))) == 2
 
 
 def run(*args, cwd):
