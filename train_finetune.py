@@ -446,6 +446,8 @@ if __name__ == "__main__":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    if (args.predict or args.embed) and not args.eval:
+        raise data.UserError("--predict and --embed need a checkpoint: --eval FILE")
     local = args.batch // world  # clips a process takes of a batch
     micro = args.micro_batch or local
     if not (args.eval or args.predict) and (args.batch % world or local % micro):
@@ -528,16 +530,19 @@ if __name__ == "__main__":
             )
         classes = model.config.classes
     else:
-        sources = [avmae.load(path, encoder="shared") for path in args.init]
-        config = config_of(args, classes, sources)
-        model = avmae.Classifier(config)
-        for source, path in zip(sources, args.init):
-            for note in source.notes:
-                say(f"{path}: {note}")
-            taken, fresh = avmae.transfer(
-                source, model, source.config.modalities if len(sources) > 1 else None)
-            say(f"from {path}: {', '.join(taken)}")
-            say(f"fresh: {', '.join(fresh)}")
+        sources = {path: avmae.load(path, encoder="shared") for path in args.init}
+        for path, source in sources.items():
+            if not isinstance(source, avmae.AVMAE):
+                raise data.UserError(f"{path} is a finetuned model: --init takes pretrained ones")
+        model = avmae.Classifier(config_of(args, classes, list(sources.values())))
+        fresh = dict(model.named_parameters())
+        for path, source in sources.items():
+            streams = source.config.modalities if len(sources) > 1 else None
+            taken, rest = avmae.transfer(source, model, streams)
+            fresh = {name: fresh[name] for name in rest if name in fresh}
+            for line in (*source.notes, f"taken: {', '.join(taken)}"):
+                say(f"{path}: {line}")
+        say(f"fresh: {', '.join(fresh) if sources else 'everything'}")
     model.to(device)
     if args.model == "probe":
         model.embed.requires_grad_(False)

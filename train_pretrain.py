@@ -417,10 +417,14 @@ if __name__ == "__main__":
     out = pathlib.Path(args.out)
     last = out / "last.pt"
     torch.manual_seed(args.seed)
+    if args.picture and not args.evaluate:
+        raise data.UserError("--picture needs a checkpoint to draw with: --evaluate FILE")
     if args.evaluate:
         model = avmae.load(
             args.evaluate, encoder=args.encoder, decoder=args.decoder, objective=args.objective
         ).to(device)
+        if not isinstance(model, avmae.AVMAE):
+            raise data.UserError(f"{args.evaluate} is no pretraining model: it draws nothing")
         if args.picture:
             clip = data.Clips(data.single_clip(args.picture), window, model.config.modalities)[0, 0]
             if clip["bad"]:
