@@ -640,6 +640,7 @@ def transfer(source, target, streams=None):
 
     encoder, trunk = source.encoder, target.trunk
     for m in streams or target.config.modalities:
+        _known(m, target.config.modalities, "stream")
         origin = m if m in source.config.modalities else source.config.modalities[0]
         if origin == m:
             copy([(source.embed[m].linear, target.embed[m].linear)], f"{m} patch embedding")
@@ -846,65 +847,66 @@ def from_official(params, encoder=None, decoder="shared", objective="joint", fus
         "model": {k: v for k, v in state.items() if k in wanted}}
 
 
-def _official_config(params, state, finetuned, fusion_layer, encoder, decoder, objective):
-    def size(prefix):
-        blocks = [p for p in params if p.startswith(prefix)]
-        query = next(params[p] for p in blocks if p.endswith("query/kernel"))
-        mlp = next(params[p] for p in blocks if p.endswith("Dense_0/bias"))
-        stacks = {}  # {stack: its blocks}: a modality goes through its own stack and the joint one
-        for p in blocks:
-            found = re.match(r"(\w+)/encoderblock_(\d+)(_spec)?/", p)
-            if found:
-                stacks.setdefault(found[1] + (found[3] or ""), set()).add(found[2])
-        depths = {k: len(v) for k, v in stacks.items()}
-        joint = depths.pop(f"{prefix}_concat", 0)
-        return (
-            Size(query.shape[0], max(depths.values()) + joint, query.shape[1], len(mlp)), joint,
-            depths)
+def _official_size(params, prefix):
+    """Size of the official "Transformer" or "Decoder", its joint layers, the names of its stacks."""
+    blocks = [p for p in params if p.startswith(prefix)]
+    query = next(params[p] for p in blocks if p.endswith("query/kernel"))
+    mlp = next(params[p] for p in blocks if p.endswith("Dense_0/bias"))
+    stacks = {}  # {stack: its blocks}; a modality goes through its own stack, then the joint one
+    for found in (re.match(r"(\w+)/encoderblock_(\d+)(_spec)?/", p) for p in blocks):
+        if found:
+            stacks.setdefault(found[1] + (found[3] or ""), set()).add(found[2])
+    joint = len(stacks.pop(f"{prefix}_concat", ()))
+    layers = max(map(len, stacks.values())) + joint
+    return Size(query.shape[0], layers, query.shape[1], len(mlp)), joint, set(stacks)
 
-    trunk, joint, stacks = size("Transformer")
-    modalities = tuple(m for m in MODALITIES if f"embed.{m}.linear.weight" in state)
+
+def _official_config(params, state, finetuned, fusion_layer, *strategies):
+    """The config that official parameters tell, and notes on what was assumed."""
+    size, joint, stacks = _official_size(params, "Transformer")
     kernels = {
         ("video" if a.ndim == 5 else "audio"): tuple(a.shape[:-2])
         for p, a in params.items()
         if p.startswith("embedding") and p.endswith("kernel")}
     common = {
-        "modalities": modalities, "size": trunk, "patch": {**Inputs().patch, **kernels},
+        "modalities": tuple(m for m in MODALITIES if f"embed.{m}.linear.weight" in state),
+        "size": size, "patch": {**Inputs().patch, **kernels},
         "modality_tokens": any(".token" in name for name in state)}
     if finetuned:
-        classes = len(state["head.bias"])
-        if fusion_layer is None:
-            fusion_layer = 18 if (classes, trunk.layers) == (527, 24) else trunk.layers * 2 // 3
-        notes = (
-            [f"assumed: fusion layer {fusion_layer} of {trunk.layers}"]
-            if len(modalities) == 2
-            else [])
-        norm = dict(Inputs().norm)
-        if classes == 527:
-            norm["audio"] = (1.102, 2.762)
-            notes.append(
-                "527 classes: spectrograms are normalised by mean 1.102, std 2.762, as they were "
-                "in finetuning"
-            )
-        return ClassifierConfig(
-            **common, fusion_layer=fusion_layer, norm=norm,
-            classes=(97, 300) if classes == 397 else (classes,)), notes
-    if not joint and "Transformer" in stacks:
-        if encoder not in ("early", "shared"):
-            raise ValueError(
-                "one encoder for both modalities is early or shared, which its parameters "
-                "don't tell: say encoder='early' or encoder='shared'")
-    else:
+        return _official_classifier(common, len(state["head.bias"]), fusion_layer)
+    return _official_pretraining(common, params, joint, stacks, *strategies)
+
+
+def _official_classifier(common, classes, fusion_layer):
+    layers, norm, notes = common["size"].layers, dict(Inputs().norm), []
+    if fusion_layer is None:
+        fusion_layer = 18 if (classes, layers) == (527, 24) else layers * 2 // 3
+    if len(common["modalities"]) == 2:
+        notes.append(f"assumed: fusion layer {fusion_layer} of {layers}")
+    if classes == 527:
+        norm["audio"] = (1.102, 2.762)
+        notes.append("527 classes: spectrograms are normalised by mean 1.102, std 2.762")
+    heads = (97, 300) if classes == 397 else (classes,)
+    return ClassifierConfig(**common, fusion_layer=fusion_layer, norm=norm, classes=heads), notes
+
+
+def _official_pretraining(common, params, joint, stacks, encoder, decoder, objective):
+    if joint or "Transformer" not in stacks:
         encoder = "mid" if joint else "separate"
-    notes = [f"assumed: objective {objective}"]
-    small, _, stacks = size("Decoder")
+    elif encoder not in ("early", "shared"):
+        raise ValueError(
+            "one encoder for both modalities is early or shared, which its parameters "
+            "don't tell: say encoder='early' or encoder='shared'")
+    decoder_size, _, stacks = _official_size(params, "Decoder")
+    note = f"assumed: objective {objective}"
     if "Decoder" in stacks:
-        notes[0] += f", decoder {decoder}"
+        note += f", decoder {decoder}"
     else:
         decoder = "separate"
-    return PretrainConfig(
-        **common, decoder_size=small, encoder=encoder, decoder=decoder, objective=objective,
-        joint_layers=joint or 2, allow_uncoupled=True), notes
+    config = PretrainConfig(
+        **common, decoder_size=decoder_size, encoder=encoder, decoder=decoder,
+        objective=objective, joint_layers=joint or 2, allow_uncoupled=True)
+    return config, [note]
 
 
 def _read_flax(path):

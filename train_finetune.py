@@ -352,7 +352,7 @@ def evaluate(model, loader, args, device, autocast):
 
 
 @torch.no_grad()
-def embed(model, clips, load, path, device, autocast, rank, world):
+def embed(model, clips, load, path, device, autocast, turn):
     """Writes an npz: names (N,), and for each modality its pooled features (N, D).
 
     Done in parts of 64 clips that are kept until all are there: a second run makes what is missing.
@@ -360,6 +360,7 @@ def embed(model, clips, load, path, device, autocast, rank, world):
     parts = pathlib.Path(f"{path}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     count = math.ceil(len(clips) / 64)
+    rank, world = turn
     for k in tqdm(range(rank, count, world), disable=None if rank == 0 else True):
         if (parts / f"{k}.npz").exists():
             continue
@@ -510,7 +511,7 @@ if __name__ == "__main__":
         for note in model.notes:
             say(f"{args.eval}: {note}")
         if args.embed:
-            embed(model.to(device), test, load, args.embed, device, autocast, rank, world)
+            embed(model.to(device), test, load, args.embed, device, autocast, (rank, world))
             say(f"wrote {args.embed}")
             sys.exit()
         if not isinstance(model, avmae.Classifier):
@@ -530,14 +531,18 @@ if __name__ == "__main__":
             )
         classes = model.config.classes
     else:
-        sources = {path: avmae.load(path, encoder="shared") for path in args.init}
-        for path, source in sources.items():
+        sources = []  # (the streams that a checkpoint is for, its path, its model)
+        for given in args.init:
+            stream, _, path = given.rpartition("=")
+            source = avmae.load(path, encoder="shared")
             if not isinstance(source, avmae.AVMAE):
                 raise data.UserError(f"{path} is a finetuned model: --init takes pretrained ones")
-        model = avmae.Classifier(config_of(args, classes, list(sources.values())))
+            own = [m for m in source.config.modalities if m in modalities]
+            several = own if len(args.init) > 1 else None
+            sources.append(([stream] if stream else several, path, source))
+        model = avmae.Classifier(config_of(args, classes, [source for *_, source in sources]))
         fresh = dict(model.named_parameters())
-        for path, source in sources.items():
-            streams = source.config.modalities if len(sources) > 1 else None
+        for streams, path, source in sources:
             taken, rest = avmae.transfer(source, model, streams)
             fresh = {name: fresh[name] for name in rest if name in fresh}
             for line in (*source.notes, f"taken: {', '.join(taken)}"):

@@ -272,8 +272,9 @@ FINE = ["--per-class", "1", "--batch", "4", "--epochs", "3", "--log-every", "1",
     ids=str,
 )
 def test_finetuning_from_a_pretrained_model(tmp_path, whole, args):
-    said = run(
-        "train_finetune", *FINE, *args, "--init", whole[0] / "last.pt", "--out", tmp_path).stdout
+    last = whole[0] / "last.pt"
+    init = [last] if args else [f"video={last}", f"audio={last}"]  # one for both, or one for each
+    said = run("train_finetune", *FINE, *args, "--init", *init, "--out", tmp_path).stdout
     assert "fresh: " in said and "head.weight" in said and len(losses(tmp_path)) == 12
     model, before = avmae.load(tmp_path / "last.pt"), avmae.load(whole[0] / "last.pt")
     m = model.config.modalities[0]
@@ -324,10 +325,11 @@ def test_evaluation_on_three_processes_is_that_on_one(tmp_path, folder):
         (["--init", "nothing.pt"], "cannot read nothing.pt"),
         (["--data", "nowhere"], "there is no folder"),
         (["--size", "tiny", "--init", "PRETRAINED"], "must be equal"),
+        (["--init", "smell=PRETRAINED"], "unknown stream 'smell'"),
         (["--eval", "PRETRAINED"], "is a pretrained model")],
 )
 def test_mistakes_in_finetuning_end_in_a_sentence(tmp_path, whole, args, words):
-    args = [str(whole[0] / "last.pt") if a == "PRETRAINED" else a for a in args]
+    args = [a.replace("PRETRAINED", str(whole[0] / "last.pt")) for a in args]
     ran = run("train_finetune", *args, "--device", "cpu", "--out", tmp_path / "out", fails=True)
     assert words in ran.stderr and "Traceback" not in ran.stderr
     assert not (tmp_path / "out").exists()
