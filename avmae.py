@@ -848,7 +848,7 @@ def from_official(params, encoder=None, decoder="shared", objective="joint", fus
 
 
 def _official_size(params, prefix):
-    """Size of the official "Transformer" or "Decoder", its joint layers, the names of its stacks."""
+    """Size of the official "Transformer" or "Decoder", its joint layers, names of its stacks."""
     blocks = [p for p in params if p.startswith(prefix)]
     query = next(params[p] for p in blocks if p.endswith("query/kernel"))
     mlp = next(params[p] for p in blocks if p.endswith("Dense_0/bias"))

@@ -67,6 +67,7 @@ SETTINGS = {  # name: (default, what it is)
     "audio_norm": ((0.0, 1.0), "mean and std of log-mel; a pretrained model brings its own"),
     "views": (4, "clips of a video at test time, their logits are averaged"),
     "per_class": (10, "built-in training clips of each class"),
+    "test_clips": (1024, "number of built-in test clips"),
     "test_seed": (1, "of the built-in test clips"),
     "epochs": (50, "passes over the training clips"),
     "batch": (64, "clips a step, over all processes"),
@@ -487,7 +488,7 @@ if __name__ == "__main__":
         names = labelled["train"].classes
     else:
         train = data.Builtin(16 * args.per_class, window, args.seed, modalities)
-        test = data.Builtin(1024, window, 2_000_000 + args.test_seed, modalities)
+        test = data.Builtin(args.test_clips, window, 2_000_000 + args.test_seed, modalities)
         names = train.classes
     cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = args.workers if args.workers >= 0 else (max(1, cpus - 1) if args.data else 0)
@@ -641,7 +642,8 @@ if __name__ == "__main__":
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         lines = log.read_text().splitlines() if log.exists() else []
-        log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
+        log.write_text("".join(kept))  # a killed run had logged on after its last save
         say(json.dumps(vars(args)))
     stop = []
     for name in signal.SIGTERM, signal.SIGINT:
@@ -709,9 +711,8 @@ if __name__ == "__main__":
                 (loss * (micro / local)).backward()
             total = total + loss.detach() * (micro / local)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-        optimizer.found_inf = (
-            ~norm.isfinite()
-        ).float()  # the fused step is not taken then, without a sync
+        # the fused step is not taken where this is 1, without a synchronisation
+        optimizer.found_inf = (~norm.isfinite()).float()
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(step, peak, warmup, steps)
         optimizer.step()

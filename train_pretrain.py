@@ -220,8 +220,10 @@ def evaluate(model, loader, device, autocast, seed=0):
         sums[-1] += count
     if dist.is_initialized():
         dist.all_reduce(sums)
+    if not sums[-1]:
+        raise data.UserError("none of the held-out clips can be read")
     model.train()
-    sums = (sums[:-1] / sums[-1].clamp(min=1)).tolist()
+    sums = (sums[:-1] / sums[-1]).tolist()
     return {key: (sums[2 * i], sums[2 * i + 1]) for i, key in enumerate(keys)}
 
 
@@ -230,7 +232,7 @@ def constant_error(model, train, held_out):
     """Held-out error {m: error} of the best constant: each patch dimension's training mean."""
 
     def targets(loader, m):
-        for batch in loader:
+        for batch in (b for b in loader if m in b):
             yield model.target(m, model.embed[m].patchify(batch[m])).flatten(0, 1).double()
 
     errors = {}
@@ -369,6 +371,9 @@ if __name__ == "__main__":
             else data.find_clips(args.data))
         held = data.held_out(clips)
         held_out = data.find_clips(args.val) if args.val else clips.subset(held)
+        if not len(held_out):
+            say("too few clips to hold one out: errors and pictures are of a training clip")
+            held_out = clips
         train = data.fraction_of(clips if args.val else clips.subset(~held), args.fraction)
         train = data.Clips(train, window, config.modalities, data.Augment(), args.seed)
         held_out = data.Clips(held_out, window, config.modalities)
@@ -473,9 +478,8 @@ if __name__ == "__main__":
     if rank == 0 and not args.evaluate:
         out.mkdir(parents=True, exist_ok=True)
         lines = log.read_text().splitlines() if log.exists() else []
-        log.write_text(
-            "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start)
-        )  # a killed run logs on
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
+        log.write_text("".join(kept))  # a killed run had logged on after its last save
         say(json.dumps(vars(args)))
     stop = []
     for name in signal.SIGTERM, signal.SIGINT:
@@ -488,16 +492,17 @@ if __name__ == "__main__":
             step // every > max(0, step - args.log_every) // every or step == steps)
 
     def held_out_errors(step):
+        """Evaluates; writes the errors to the log, and pictures."""
         errors = evaluate(model, held_loader, device, autocast)
         if rank == 0 and not args.evaluate:
+            line = {"step": step, "held_out": {k: e for k, (e, _) in errors.items()}}
             with open(log, "a") as file:
-                file.write(
-                    json.dumps({"step": step, "held_out": {k: e for k, (e, _) in errors.items()}})
-                    + "\n")
+                file.write(json.dumps(line) + "\n")
             (out / "pictures").mkdir(exist_ok=True)
             some = [5 * i % len(held_out) for i in range(min(4, len(held_out)))]  # of four classes
             few = data.collate([held_out[0, i] for i in some])
-            draw(model, to_device(few, device), out / "pictures" / f"{step:07d}")
+            if len(few["index"]):
+                draw(model, to_device(few, device), out / "pictures" / f"{step:07d}")
         return errors
 
     # -----------------------------------------------------------------------------------------
@@ -525,9 +530,8 @@ if __name__ == "__main__":
                 with open(out / "unreadable.txt", "a") as file:
                     file.write(f"{name}: {reason}\n")
 
-        inputs, masks = (
-            to_device(batch, device),
-            masks_of(model, args, step, slice(rank * local, (rank + 1) * local)))
+        inputs = to_device(batch, device)
+        masks = masks_of(model, args, step, slice(rank * local, (rank + 1) * local))
         masks = [
             {m: ids.to(device, non_blocking=True) for m, ids in part.items()} for part in masks]
         losses = 0
@@ -542,9 +546,8 @@ if __name__ == "__main__":
                 (result.loss * (micro / local)).backward()
             losses = losses + torch.stack(list(result.losses.values())).detach() * (micro / local)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.found_inf = (
-            ~norm.isfinite()
-        ).float()  # the fused step is not taken then, without a sync
+        # the fused step is not taken where this is 1, without a synchronisation
+        optimizer.found_inf = (~norm.isfinite()).float()
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(step, args.lr * args.batch / 256, warmup, steps)
         optimizer.step()
@@ -559,8 +562,8 @@ if __name__ == "__main__":
         for (at, _, index), row in zip(history, values.tolist()):
             streak = 0 if math.isfinite(row[-1]) else streak + 1
             if streak:
-                wrong = [k for k, x in zip(result.losses, row) if not math.isfinite(x)] or [
-                    "gradient"]
+                wrong = [k for k, x in zip(result.losses, row) if not math.isfinite(x)]
+                wrong = wrong or ["gradient"]
                 bar.write(
                     f"step {at} is not finite in {', '.join(wrong)} and was not applied; clips: "
                     + ", ".join(train.name(i) for i in index.tolist()))

@@ -1,5 +1,6 @@
 """Writes real video files whose picture and sound tell the time."""
 
+import pathlib
 from fractions import Fraction
 
 import av
@@ -19,6 +20,7 @@ def write(
     picture: time -> (H, W, 3) uint8, instead of that. start shifts both streams, audio_start the
     sound alone; times (s) makes the frame rate variable.
     """
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         screen = sound = None
         if video:

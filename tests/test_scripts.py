@@ -184,12 +184,14 @@ def test_evaluation_sees_the_other_modality_swapped():
 
 
 @pytest.mark.parametrize(
-    "args, words", [
+    "args, words",
+    [
         (["--data", "nowhere"], "there is no folder nowhere"),
         (["--encoder", "separate", "--decoder", "separate"], "--allow-uncoupled"),
         (["--batch", "9", "--micro-batch", "2"], "not divided by"),
         (["--init", "README.md"], "neither a checkpoint of ours nor"),
-        (["--objective", "dream"], "invalid choice: 'dream'")])
+        (["--objective", "dream"], "invalid choice: 'dream'")],
+)
 def test_mistakes_end_in_a_sentence(tmp_path, args, words):
     ran = run("train_pretrain", *args, "--out", tmp_path / "out", fails=True)
     assert words in ran.stderr and "Traceback" not in ran.stderr
@@ -259,9 +261,19 @@ def test_finetuning_on_files_and_what_can_be_done_with_the_model(tmp_path, folde
         assert words in said and "picture alone" in said and "cat" in said
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_pretraining_on_hardly_any_clips(tmp_path, count):
+    for i in range(count):
+        media.write(tmp_path / "clips" / f"{i}.mp4", seconds=2.0)
+    run("train_pretrain", *FILES, "--data", tmp_path / "clips", "--out", tmp_path / "out")
+    assert len(losses(tmp_path / "out")) == 2  # an epoch is a step, where a batch is larger
+
+
 # --------------------------------------------------------------------------------------- finetuning
 
-FINE = ["--per-class", "1", "--batch", "4", "--epochs", "3", "--log-every", "1", "--device", "cpu"]
+FINE = [
+    "--per-class", "1", "--test-clips", "64", "--batch", "4", "--epochs", "3", "--log-every", "1",
+    "--device", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -403,16 +415,15 @@ def test_a_benchmark_in_its_official_format(tmp_path, name, metrics, clips):
         saved["config"]["classes"]
         == {"vggsound": [2], "audioset": [527], "epic": [97, 300], "ave": [3]}[name])
     assert all(np.isfinite(list(losses(tmp_path / "out").values())))
-    if name == "vggsound":
+    if name == "vggsound":  # the same clips with another number of classes
+        (tmp_path / "three.csv").write_text(
+            "".join(f"P01_0{i},30,sound {i % 3},{'test' if i > 2 else 'train'}\n" for i in range(6))
+        )
         ran = run(
-            "train_finetune",
-            "--eval",
-            tmp_path / "out" / "last.pt",
-            "--out",
-            tmp_path / "e",
-            fails=True,
-        )  # the built-in clips have 16 classes
-        assert "there is no" in ran.stderr or "classes apart" in ran.stderr
+            "train_finetune", "--eval", tmp_path / "out" / "last.pt", "--annotations",
+            tmp_path / "three.csv", "--out", tmp_path / "e", fails=True)
+        assert "2 classes apart, these clips have 3" in ran.stderr
+        assert "Traceback" not in ran.stderr and not (tmp_path / "e").exists()
 
 
 def test_the_authors_finetuned_model_labels_a_file(tmp_path):
