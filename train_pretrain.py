@@ -62,6 +62,7 @@ SETTINGS = {  # name: (default, what it is)
     "video_norm": ((0.0, 1.0), "mean and std of video in [-1, 1], to normalise by"),
     "audio_norm": ((0.0, 1.0), "mean and std of log-mel, to normalise by"),
     "clips": (4096, "number of built-in clips"),
+    "held_out_clips": (256, "number of built-in clips to hold out"),
     "fraction": (1.0, "share of the training clips to use (Table 17)"),
     "epochs": (400, "passes over the training clips (Table 5)"),
     "batch": (512, "clips a step, over all processes"),
@@ -380,7 +381,8 @@ if __name__ == "__main__":
     else:
         train = data.Builtin(
             round(args.clips * args.fraction), window, args.seed, config.modalities)
-        held_out = data.Builtin(256, window, args.seed + 1_000_000, config.modalities)
+        held_out = data.Builtin(
+            args.held_out_clips, window, args.seed + 1_000_000, config.modalities)
     steps_per_epoch = max(1, len(train) // args.batch)
     steps, warmup = args.epochs * steps_per_epoch, args.warmup * steps_per_epoch
     cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -19,7 +19,9 @@ import train_finetune
 import train_pretrain
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TINY = ["--clips", "40", "--batch", "8", "--epochs", "4", "--log-every", "1", "--device", "cpu"]
+TINY = [
+    "--clips", "40", "--held-out-clips", "16", "--batch", "8", "--epochs", "4", "--log-every", "1",
+    "--device", "cpu"]
 FILES = [
     "--frames", "4", "--image", "32", "--seconds", "1.28", "--tubelet", "2", "8", "8", "--mels",
     "32", "--frame-step", "0.16", "--size", "demo", "--epochs", "2", "--batch", "4", "--log-every",
