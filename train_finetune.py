@@ -487,6 +487,8 @@ if __name__ == "__main__":
         test = data.Clips(labelled["test"], window, modalities, views=args.views)
         names = labelled["train"].classes
     else:
+        if args.task != "single":
+            raise data.UserError(f"the built-in clips are no --task {args.task}: give --data")
         train = data.Builtin(16 * args.per_class, window, args.seed, modalities)
         test = data.Builtin(args.test_clips, window, 2_000_000 + args.test_seed, modalities)
         names = train.classes

@@ -30,11 +30,13 @@ def commands():
             continue
         shell = (
             'torchrun() { echo "RUN $*"; }; python() { torchrun "$@"; }; '
-            "pip() { :; }; pytest() { :; }\n"
-            + lines)
+            "pip() { :; }; pytest() { :; }\n" + lines)
         ran = subprocess.run(["bash", "-euc", shell], capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
-        yield from (line[4:] for line in ran.stdout.splitlines() if re.match(r"RUN .*(train_\w+|data)\.py", line))
+        yield from (
+            line[4:]
+            for line in ran.stdout.splitlines()
+            if re.match(r"RUN .*(train_\w+|data)\.py", line))
 
 
 def test_there_are_commands_for_the_papers_tables():
