@@ -492,7 +492,7 @@ if __name__ == "__main__":
         train = data.Builtin(16 * args.per_class, window, args.seed, modalities)
         test = data.Builtin(args.test_clips, window, 2_000_000 + args.test_seed, modalities)
         names = train.classes
-    cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cpus = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = args.workers if args.workers >= 0 else (max(1, cpus - 1) if args.data else 0)
     load = functools.partial(
         DataLoader, collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda")

@@ -385,7 +385,7 @@ if __name__ == "__main__":
             args.held_out_clips, window, args.seed + 1_000_000, config.modalities)
     steps_per_epoch = max(1, len(train) // args.batch)
     steps, warmup = args.epochs * steps_per_epoch, args.warmup * steps_per_epoch
-    cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cpus = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = args.workers if args.workers >= 0 else (max(1, cpus - 1) if args.data else 0)
     load = functools.partial(
         DataLoader, collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda")
