@@ -127,11 +127,8 @@ class Media:
         except AV_ERRORS as error:
             raise ClipError(f"cannot be opened ({type(error).__name__})") from None
         streams = self.container.streams
-        # a stream of no known codec has no context; a song's cover is no video
-        pictures = [s for s in streams.video if s.codec_context
-                    and not s.disposition & s.disposition.attached_pic]
-        sounds = [s for s in streams.audio if s.codec_context]
-        self.video, self.audio = pictures[0] if pictures else None, sounds[0] if sounds else None
+        found = ([s for s in kind if s.codec_context] for kind in (streams.video, streams.audio))
+        self.video, self.audio = (usable[0] if usable else None for usable in found)
         if "video" in modalities and self.video is None:
             self.close()
             raise ClipError("no picture")
@@ -212,8 +209,7 @@ class Media:
             shown = frame
         if shown is None:
             raise ClipError("no picture can be decoded")
-        held = 0 if isinstance(shown, np.ndarray) else (shown.duration or 0) * shown.time_base
-        if times[-1] > at + max(1.0, float(held)):
+        if times[-1] > at + max(1.0, 2 / (self.video.average_rate or 2)):
             raise ClipError(f"the picture ends at {at:.2f} s, before its stated end")
         for _ in times[k:]:
             shown = self.picture(shown, resize)
@@ -1024,7 +1020,7 @@ def _encode(media, container, begin, end, quality):
         size = resizing(0, PREPARED_SIDE)
         height, width, _ = next(media.frames(np.array([begin]), size)).shape  # upright
         picture.width, picture.height, picture.pix_fmt = width, height, "yuvj420p"
-        picture.codec_context.qmin = picture.codec_context.qmax = quality
+        picture.options = {"qmin": str(quality), "qmax": str(quality)}
         last = min(end, media.length(media.video))
         times = begin + np.arange(max(1, math.ceil((last - begin) * PREPARED_RATE - 1e-6))) / float(
             PREPARED_RATE)
