@@ -509,8 +509,8 @@ if __name__ == "__main__":
     last, best = out / "last.pt", out / "best.pt"
     classes = (97, 300) if args.task == "epic" else (len(names or ()),)
     if args.eval:
-        saved = avmae.read(args.eval, fusion_layer=args.fusion_layer or None)
-        model = avmae.load(args.eval, fusion_layer=args.fusion_layer or None)
+        assume = {"fusion_layer": args.fusion_layer or None, "encoder": args.encoder}
+        saved, model = avmae.read(args.eval, **assume), avmae.load(args.eval, **assume)
         for note in model.notes:
             say(f"{args.eval}: {note}")
         if args.embed:
