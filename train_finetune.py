@@ -43,8 +43,7 @@ SETTINGS = {  # name: (default, what it is)
     "annotations": ("", "annotation file of the training clips; none: folder names are labels"),
     "val_annotations": ("", "annotation file of the test clips, if it is another one"),
     "out": ("", "folder of the run; none: runs/finetune for the demo, else runs/finetune-PRESET"),
-    "init": (
-        (), "pretrained checkpoint; two, one for each stream, for Table 10; none: from scratch"),
+    "init": ((), "pretrained checkpoint; several: each for its modalities, or as video=FILE"),
     "model": (
         "mbt", "mbt, encoder (the pretraining encoder, Table 14) or probe (linear, Table 18)"),
     "encoder": ("mid", "fusion of --model encoder from scratch; else the checkpoint tells"),
@@ -224,9 +223,8 @@ def targets_of(task, label, classes):
     if task == "ave":
         return F.one_hot(label, classes[0]).float()
     target = torch.zeros(len(label), classes[0] + 1, device=label.device)
-    return target.scatter(1, label.remainder(classes[0] + 1), 1.0)[
-        :, :-1
-    ]  # padding falls off the end
+    target.scatter_(1, label.remainder(classes[0] + 1), 1.0)
+    return target[:, :-1]  # the padding, -1, falls off the end
 
 
 def mixup(inputs, labels, lam):
@@ -248,9 +246,8 @@ def classification_loss(logits, labels, kind, smoothing=0.0, heads=None):
     losses = []
     for m, x in logits.items():
         heads = heads or (x.shape[-1],)
-        for part, target in zip(
-            x.float().split(heads, -1) if x.dtype != torch.float64 else x.split(heads, -1),
-            labels[m].split(heads, -1)):
+        x = x.to(labels[m])  # not in bfloat16
+        for part, target in zip(x.split(heads, -1), labels[m].split(heads, -1)):
             target = target * (1 - smoothing) + smoothing / target.shape[-1]
             if kind == "softmax":
                 losses.append(-(target * part.log_softmax(-1)).sum(-1).mean())
@@ -360,8 +357,14 @@ def embed(model, clips, load, path, device, autocast, turn):
     """
     parts = pathlib.Path(f"{path}.parts")
     parts.mkdir(parents=True, exist_ok=True)
-    count = math.ceil(len(clips) / 64)
     rank, world = turn
+    weights = sum(p.double().sum().item() for p in model.parameters())
+    about, said = parts / "about.txt", f"{len(clips)} clips of {clips.index.folder}, {weights!r}"
+    if rank == 0 and about.exists() and about.read_text() != said:
+        raise data.UserError(f"{parts} holds features of other clips or another model: remove it")
+    if rank == 0:
+        about.write_text(said)
+    count = math.ceil(len(clips) / 64)
     for k in tqdm(range(rank, count, world), disable=None if rank == 0 else True):
         if (parts / f"{k}.npz").exists():
             continue

@@ -306,13 +306,11 @@ def save(path, **parts):
     try:
         torch.save(parts, partial)
         os.replace(partial, path)
-        return True
     except (OSError, RuntimeError) as error:  # a full disk
         pathlib.Path(partial).unlink(missing_ok=True)
         print(
             f"could not save {path}: {error}; what was saved before is still there", file=sys.stderr
         )
-        return False
 
 
 def same_settings(old, new):
@@ -613,7 +611,7 @@ if __name__ == "__main__":
                 state = dict(
                     config=avmae.describe(config), model=model.state_dict(),
                     optimizer=optimizer.state_dict(), step=done, settings=vars(args))
-                saved = save(last, **state)
+                save(last, **state)
                 if crossed(done, args.keep_every):
                     save(out / f"epoch_{done / steps_per_epoch:g}.pt", **state)
         if stopped:

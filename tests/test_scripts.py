@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -460,6 +461,12 @@ def test_features_of_a_folder(tmp_path, whole, folder):
     )  # of a run that was stopped
     run("train_finetune", *args)
     assert np.load(tmp_path / "features.npz")["names"].tolist() == ["kept"]
+    parts.mkdir()
+    (parts / "about.txt").write_text("other clips")
+    model, clips = avmae.load(whole[0] / "last.pt"), data.Clips(data.find_clips(folder), None)
+    with pytest.raises(data.UserError, match="another model"):
+        train_finetune.embed(model, clips, None, tmp_path / "features.npz", "cpu", None, (0, 1))
+    shutil.rmtree(parts)
 
 
 # ------------------------------------------------------------------------------------------ recipes
