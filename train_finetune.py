@@ -118,7 +118,7 @@ SIZES = {k: v[0] for k, v in avmae.SIZES.items()} | {"demo": avmae.Size(96, 3, 3
 CHOICES = {
     "model": ("mbt", "encoder", "probe"), "encoder": tuple(avmae.PLANS),
     "modalities": avmae.MODALITIES, "task": ("single", "many", "epic", "ave"), "size": tuple(SIZES)}
-FREE = {
+FREE = {  # may change on resume
     "out", "init", "data", "annotations", "val_annotations", "micro_batch", "log_every",
     "eval_every", "save_every", "max_bad", "workers", "device", "compile", "checkpoint_activations",
     "classes", "eval", "predict", "predictions", "embed"}
@@ -407,15 +407,16 @@ def names_and_scores(logits, task, classes, names, top=5):
 
 def save(path, **parts):
     """Writes a checkpoint beside `path` and moves it there: it is whole or not there at all."""
-    partial = f"{path}.partial"
+    partial = pathlib.Path(f"{path}.partial")
     try:
         torch.save(parts, partial)
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a full disk
-        pathlib.Path(partial).unlink(missing_ok=True)
-        print(
-            f"could not save {path}: {error}; what was saved before is still there", file=sys.stderr
-        )
+        partial.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise data.UserError(
+            f"could not save {path}: {reason}. What was saved before is still there: make room, "
+            "and the same command continues from it") from None
+    os.replace(partial, path)
 
 
 def same_settings(old, new):
@@ -431,8 +432,8 @@ def same_settings(old, new):
 
 
 def one_sentence(kind, error, trace):
-    """Mistakes of the user end in a sentence, others in a traceback."""
-    if issubclass(kind, (ValueError, data.UserError)):
+    """Mistakes of the user, and of disks, end in a sentence, others in a traceback."""
+    if issubclass(kind, (ValueError, OSError, data.UserError)):
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
@@ -463,8 +464,18 @@ if __name__ == "__main__":
     autocast = (
         functools.partial(torch.autocast, "cuda", torch.bfloat16) if native_bf16 else nullcontext)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            device_id=device if device.type == "cuda" else None)
     say = print if rank == 0 else lambda *_, **__: None
+
+    def end(code=0):
+        """Ends all processes together: a library's thread that is still busy with the last
+        exchange would abort a process that is on its way out."""
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        sys.exit(code)
 
     # -----------------------------------------------------------------------------------------
     # Data
@@ -519,7 +530,7 @@ if __name__ == "__main__":
         if args.embed:
             embed(model.to(device), test, load, args.embed, device, autocast, (rank, world))
             say(f"wrote {args.embed}")
-            sys.exit()
+            end()
         if not isinstance(model, avmae.Classifier):
             raise data.UserError(
                 f"{args.eval} is a pretrained model, which knows no labels: finetune it with --init"
@@ -570,7 +581,7 @@ if __name__ == "__main__":
         say(
             f"{sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{counter.get_total_flops() / 1e9:.2f} GFLOP a clip, forward and backward")
-        sys.exit()
+        end()
 
     def test_now(source):
         """Evaluates, prints the results, and writes them to results.json with what they are of."""
@@ -613,10 +624,10 @@ if __name__ == "__main__":
                 0].cpu()
         for top in names_and_scores(logits, args.task, classes, names):
             say("  ".join(f"{name} {score:.3f}" for name, score in top))
-        sys.exit()
+        end()
     if args.eval:
         test_now(args.eval)
-        sys.exit()
+        end()
 
     # -----------------------------------------------------------------------------------------
     # Schedule, and where we are
@@ -775,11 +786,10 @@ if __name__ == "__main__":
                 save(best, **state)
         if stopped:
             say(f"stopped at step {done} of {steps}; the same command continues")
-            sys.exit(0 if done == steps else 1)
+            end(0 if done == steps else 1)
         history, waited, since = [], 0.0, time.monotonic()
     bar.close()
     if start == steps:
         test_now(last)
     say(f"checkpoints {last} and {best}, results {out / 'results.json'}")
-    if world > 1:
-        dist.destroy_process_group()
+    end()

@@ -96,23 +96,9 @@ SIZES = avmae.SIZES | {"demo": (avmae.Size(96, 3, 3, 384), avmae.Size(64, 2, 2, 
 CHOICES = {
     "encoder": tuple(avmae.PLANS), "decoder": tuple(avmae.PLANS), "objective": tuple(avmae.CONTEXT),
     "modalities": avmae.MODALITIES, "size": tuple(SIZES), "preset": tuple(PRESETS)}
-FREE = {
-    "out",
-    "init",
-    "data",
-    "annotations",
-    "val",
-    "micro_batch",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "keep_every",
-    "max_bad",
-    "workers",
-    "device",
-    "compile",
-    "checkpoint_activations",
-}  # may change on resume
+FREE = {  # may change on resume
+    "out", "init", "data", "annotations", "val", "micro_batch", "log_every", "eval_every",
+    "save_every", "keep_every", "max_bad", "workers", "device", "compile", "checkpoint_activations"}
 
 
 def parse(argv=None):
@@ -302,15 +288,16 @@ def _audio_sheet(rows):
 
 def save(path, **parts):
     """Writes a checkpoint beside `path` and moves it there: it is whole or not there at all."""
-    partial = f"{path}.partial"
+    partial = pathlib.Path(f"{path}.partial")
     try:
         torch.save(parts, partial)
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # a full disk
-        pathlib.Path(partial).unlink(missing_ok=True)
-        print(
-            f"could not save {path}: {error}; what was saved before is still there", file=sys.stderr
-        )
+        partial.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise data.UserError(
+            f"could not save {path}: {reason}. What was saved before is still there: make room, "
+            "and the same command continues from it") from None
+    os.replace(partial, path)
 
 
 def same_settings(old, new):
@@ -326,8 +313,8 @@ def same_settings(old, new):
 
 
 def one_sentence(kind, error, trace):
-    """Mistakes of the user end in a sentence, others in a traceback."""
-    if issubclass(kind, (ValueError, data.UserError)):
+    """Mistakes of the user, and of disks, end in a sentence, others in a traceback."""
+    if issubclass(kind, (ValueError, OSError, data.UserError)):
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
@@ -357,8 +344,18 @@ if __name__ == "__main__":
     autocast = (
         functools.partial(torch.autocast, "cuda", torch.bfloat16) if native_bf16 else nullcontext)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            device_id=device if device.type == "cuda" else None)
     say = print if rank == 0 else lambda *_, **__: None
+
+    def end(code=0):
+        """Ends all processes together: a library's thread that is still busy with the last
+        exchange would abort a process that is on its way out."""
+        if world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        sys.exit(code)
 
     # -----------------------------------------------------------------------------------------
     # Data
@@ -417,7 +414,7 @@ if __name__ == "__main__":
             f"{len(train)} training clips, {len(held_out)} held out; {steps} steps, "
             f"{steps_per_epoch} an epoch; "
             f"{args.batch} clips a step = {world} processes x {local // micro} passes x {micro}")
-        sys.exit()
+        end()
 
     out = pathlib.Path(args.out)
     last = out / "last.pt"
@@ -436,7 +433,7 @@ if __name__ == "__main__":
                 raise data.UserError(f"{args.picture}: {clip['bad'][0][1]}")
             draw(model, to_device(data.collate([clip]), device), pathlib.Path(args.picture).stem)
             say(f"wrote {pathlib.Path(args.picture).stem}_*.png")
-            sys.exit()
+            end()
     else:
         model = avmae.AVMAE(config).to(device)
     optimizer = torch.optim.AdamW(
@@ -616,7 +613,7 @@ if __name__ == "__main__":
                     save(out / f"epoch_{done / steps_per_epoch:g}.pt", **state)
         if stopped:
             say(f"stopped at step {done} of {steps}; the same command continues")
-            sys.exit(0 if done == steps else 1)
+            end(0 if done == steps else 1)
         if crossed(done, args.eval_every) and done < steps:
             errors = held_out_errors(done)
             bar.write(
@@ -646,5 +643,4 @@ if __name__ == "__main__":
             results = {"held_out": report, "clips": len(held_out), "settings": vars(args)}
             (out / "results.json").write_text(json.dumps(results, indent=1))
             print(f"checkpoint {last}, log {log}, pictures {out / 'pictures'}")
-    if world > 1:
-        dist.destroy_process_group()
+    end()
