@@ -317,7 +317,8 @@ def test_prepare_applies_segments_and_annotations_still_fit(tmp_path):
 # -------------------------------------------------------------------------------------- annotations
 
 EPIC = textwrap.dedent("""\
-    narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes
+    narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,\
+start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes
     P01_01_0,P01,P01_01,00:00:01.089,{start},{stop},8,202,open door,open,3,door,3,['door'],[3]
     """)
 

@@ -1,12 +1,15 @@
 """The scripts, run for real with tiny settings."""
 
+import functools
 import json
 import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -29,21 +32,37 @@ FILES = [
     "1", "--device", "cpu", "--workers", "1"]
 
 
-def command(script, *args, processes=1):
-    python = (
-        [sys.executable]
-        if processes == 1
-        else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc_per_node={processes}"]
-    )
-    return [*python, str(ROOT / f"{script}.py"), *map(str, args)]
+def command(script, *args, torchrun=()):
+    """The command line of a script, with torchrun's flags if there are any."""
+    module = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+    return [sys.executable, *module, str(ROOT / f"{script}.py"), *map(str, args)]
+
+
+@functools.cache
+def forks():
+    return subprocess.Popen(
+        [sys.executable, "-m", "forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        cwd=ROOT / "tests", env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def run(script, *args, processes=1, cwd=ROOT, fails=False):
-    ran = subprocess.run(
-        command(script, *args, processes=processes), cwd=cwd, capture_output=True, text=True,
-        timeout=300)
+    """A script's run to its end, in so many forks of a process that has imported torch."""
+    with tempfile.TemporaryDirectory() as said:
+        out, err = (pathlib.Path(said, name) for name in ("out", "err"))
+        argv = command(script, *args)[1:]
+        job = {
+            "argv": argv, "cwd": str(cwd), "out": str(out), "err": str(err),
+            "processes": processes, "port": free_port()}
+        forks().stdin.write(json.dumps(job) + "\n")
+        forks().stdin.flush()
+        status = int(forks().stdout.readline())
+        ran = subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
     assert bool(ran.returncode) == fails, ran.stdout + ran.stderr
     return ran
 
@@ -88,39 +107,87 @@ def test_a_finished_run_says_so_again(whole):
     assert (out / "last.pt").read_bytes() == before and len(losses(out)) == 20
 
 
-def interrupt(args, out, number, script="train_pretrain", after=3, processes=1):
-    """Starts a run and sends it a signal when its log has so many lines."""
+def interrupt(args, out, number, script="train_pretrain", torchrun=(), worker=False):
+    """Starts a run and sends a signal to it, or to one of the processes that it started, when its
+    log has three lines -> exit status."""
     process = subprocess.Popen(
-        command(script, *args, "--out", out, processes=processes), cwd=ROOT,
+        command(script, *args, "--out", out, torchrun=torchrun), cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (out / "log.jsonl").exists() and len(losses(out)) >= after:
+        if (out / "log.jsonl").exists() and len(losses(out)) >= 3:
             break
         time.sleep(0.02)
-    process.send_signal(number)
-    return process.wait(60)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]) if worker else process.pid, number)
+    return process.wait(120)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
-def test_a_stopped_run_continues_with_the_same_losses(tmp_path, whole, number):
+SAVING = [*TINY, "--save-every", "0.2"]  # at every step
+
+
+@pytest.mark.parametrize(
+    "number, worker",
+    [(signal.SIGTERM, False), (signal.SIGKILL, False), (signal.SIGKILL, True)],
+    ids=["SIGTERM", "SIGKILL", "a worker"])
+def test_a_stopped_run_continues_with_the_same_losses(tmp_path, whole, number, worker):
     out = tmp_path / "run"
-    slow = [*TINY, "--save-every", "0.2", "--workers", "2"]  # which change nothing either
-    assert interrupt(slow, out, number) != 0
+    slow = [*SAVING, "--workers", "2"]  # which change nothing
+    assert interrupt(slow, out, number, worker=worker) != 0
     stopped_at = avmae.read(out / "last.pt")["step"]
     assert 0 < stopped_at < 20
     run("train_pretrain", *slow, "--out", out)
     assert losses(out) == losses(whole[0])
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path, whole):
-    run("train_pretrain", *TINY, "--out", tmp_path, processes=2)
-    ours, theirs = losses(tmp_path), losses(whole[0])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, whole):
+    out = tmp_path / "run"
+    assert interrupt(SAVING, out, signal.SIGKILL) != 0
+    before = (out / "last.pt").read_bytes()
+    (out / "last.pt.partial").unlink(missing_ok=True)
+    (out / "last.pt.partial").symlink_to("/dev/full")
+    ran = run("train_pretrain", *SAVING, "--out", out, fails=True)
+    assert "could not save" in ran.stderr and "still there" in ran.stderr
+    assert "Traceback" not in ran.stderr and (out / "last.pt").read_bytes() == before
+    run("train_pretrain", *SAVING, "--out", out)
+    assert losses(out) == losses(whole[0])
+
+
+def close(ours, theirs):
     assert ours.keys() == theirs.keys()
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-4)
+
+
+def test_two_machines_give_the_losses_of_one(tmp_path, whole):
+    """Two agents of torchrun that find each other."""
+    meet = [
+        "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
+    agents = [
+        subprocess.Popen(
+            command("train_pretrain", *TINY, "--out", tmp_path, torchrun=meet), cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)]
+    said = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    close(losses(tmp_path), losses(whole[0]))
     state, expected = (avmae.read(folder / "last.pt") for folder in (tmp_path, whole[0]))
     assert state["model"].keys() == expected["model"].keys()
-    assert "of constant" in run("train_pretrain", *TINY, "--out", tmp_path).stdout  # moved to one
+
+
+def test_a_run_moved_from_two_processes_to_one(tmp_path, whole):
+    moved = [*SAVING, "--micro-batch", "2"]
+    two = ["--nproc_per_node=2", "--standalone"]
+    assert interrupt(moved, tmp_path, signal.SIGINT, torchrun=two) != 0
+    assert 0 < avmae.read(tmp_path / "last.pt")["step"] < 20
+    run("train_pretrain", *SAVING, "--out", tmp_path)
+    close(losses(tmp_path), losses(whole[0]))
+
+
+def test_torchrun_restarts_a_run(tmp_path, whole):
+    restart = ["--nproc_per_node=2", "--standalone", "--max_restarts=1"]
+    assert interrupt(SAVING, tmp_path, signal.SIGKILL, torchrun=restart, worker=True) == 0
+    close(losses(tmp_path), losses(whole[0]))
 
 
 def test_accumulation_gives_the_losses_of_one_pass(tmp_path, whole):
@@ -356,10 +423,12 @@ def test_mistakes_in_finetuning_end_in_a_sentence(tmp_path, whole, args, words):
 def epic_csv(rows):
     head = (
         "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
-        "start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes\n"
+        "start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,"
+        "all_noun_classes\n"
     )
     return head + "".join(
-        f"{v}_{k},P01,{v},00:00:01.089,00:00:{a:05.2f},00:00:{b:05.2f},8,202,x,x,{verb},x,{noun},['x'],[3]\n"
+        f"{v}_{k},P01,{v},00:00:01.089,00:00:{a:05.2f},00:00:{b:05.2f},8,202,x,x,{verb},x,{noun},"
+        "['x'],[3]\n"
         for k, (v, a, b, verb, noun) in enumerate(rows))
 
 
@@ -516,19 +585,19 @@ def test_dry_run_allocates_and_writes_nothing(tmp_path, args):
     assert not (tmp_path / "out").exists()
 
 
-def test_unreadable_losses_name_the_step_and_stop(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_losses_that_are_not_finite_name_the_step_and_stop(tmp_path, processes):
     ran = run(
-        "train_pretrain", *TINY, "--out", tmp_path, "--lr", "1e30", "--warmup", "0.1", fails=True)
-    assert (
-        "is not finite" in ran.stdout
-        and "built-in clip" in ran.stdout
-        and "in a row were not finite" in ran.stderr)
-    assert "Traceback" not in ran.stderr
+        "train_pretrain", *TINY, "--out", tmp_path, "--lr", "1e30", "--warmup", "0.1", fails=True,
+        processes=processes)
+    assert "in a row were not finite" in ran.stderr and "Traceback" not in ran.stderr
+    first = next(line for line in ran.stdout.splitlines() if "is not finite" in line)
+    assert "video" in first and "built-in clip" in first and not (tmp_path / "last.pt").exists()
 
 
-def test_two_processes_give_the_gradients_of_one():
+def test_several_processes_give_the_gradients_of_one(tmp_path):
     code = """
-import os, torch, torch.distributed as dist, avmae, train_pretrain, data
+import os, sys, torch, torch.distributed as dist, avmae, train_pretrain, data
 config, window = train_pretrain.configs(train_pretrain.parse([]))
 clips = data.Builtin(8, window)
 batch = data.collate([clips[0, i] for i in range(8)])
@@ -538,26 +607,27 @@ for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
 masks = model.draw_masks(8, torch.Generator().manual_seed(1))
 model({m: batch[m] for m in avmae.MODALITIES}, masks).loss.backward()
 expected = [p.grad.clone() for p in model.parameters()]
-model.zero_grad()
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
-net = torch.nn.parallel.DistributedDataParallel(model)
-mine = tuple({m: i[rows] for m, i in p.items()} for p in masks)
-net({m: batch[m][rows] for m in avmae.MODALITIES}, mine).loss.backward()
-for p, e in zip(model.parameters(), expected):
-    assert (p.grad - e).norm() <= 1e-5 * e.norm() + 1e-7
-dist.destroy_process_group()
+for world in 2, 4:
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if children[-1]:
+            continue
+        model.zero_grad()
+        dist.init_process_group(
+            "gloo", init_method=f"file://{sys.argv[1]}/{world}", rank=rank, world_size=world)
+        rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
+        net = torch.nn.parallel.DistributedDataParallel(model)
+        mine = tuple({m: i[rows] for m, i in p.items()} for p in masks)
+        net({m: batch[m][rows] for m in avmae.MODALITIES}, mine).loss.backward()
+        for p, e in zip(model.parameters(), expected):
+            assert (p.grad - e).norm() <= 1e-5 * e.norm() + 1e-7
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.exit()
+    assert not any(os.waitpid(child, 0)[1] for child in children), world
 """
-    for world in 2, 4:
-        ran = subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc_per_node={world}", "--no-python", sys.executable, "-c", code],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert ran.returncode == 0, ran.stderr
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
