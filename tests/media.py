@@ -13,7 +13,7 @@ FINE = 200  # of the lower half, which starts again each second
 def write(
     path, seconds=4.0, fps=25, rate=44_100, layout="stereo", size=(64, 48), start=0.0,
     audio_start=0.0, audio_seconds=None, times=None, clicks=(1.0, 2.5), video=True, audio=True,
-    codec="libx264", audio_codec="aac", picture=None):
+    codec="libx264", audio_codec="aac", picture=None, crf=10):
     """Frames whose upper half is as bright as the time is late, and whose lower half starts again
     each second: see `times_of`. A click of 4 ms is heard at each of `clicks` (s).
 
@@ -28,7 +28,7 @@ def write(
             screen.width, screen.height = size
             screen.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             screen.codec_context.time_base = Fraction(1, 60_000)
-            screen.options = {"crf": "10", "g": "50"} if codec == "libx264" else {}
+            screen.options = {"crf": str(crf), "g": "50"} if codec == "libx264" else {}
         if audio:
             sound = container.add_stream(audio_codec, rate=rate, layout=layout)
         if video:

@@ -559,11 +559,32 @@ def test_an_audio_model_initialises_both_streams():
 # ----------------------------------------------------------------------------------------- the file
 
 
-def test_compiles_without_graph_breaks():
-    model, x = model_of(), clips()
-    masks = model.draw_masks(3)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, masks).loss, model(x, masks).loss)
+@pytest.fixture
+def compiled():
+    """Compiles a model, and raises where it would be compiled again."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def test_pretraining_compiles_once_without_graph_breaks(compiled):
+    model = model_of()
+    net = compiled(model)
+    for seed in range(3):
+        x, masks = clips(seed=seed), model.draw_masks(3, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(net(x, masks).loss, model(x, masks).loss)
+
+
+@pytest.mark.parametrize("trunk", ["mbt", *PLANS])
+def test_finetuning_compiles_once_without_graph_breaks(compiled, trunk):
+    model = classifier(trunk=trunk)
+    net = compiled(model)
+    for seed in range(3):
+        x, layers = clips(seed=seed), model.config.size.layers
+        dice = torch.Generator().manual_seed(seed)
+        keep = avmae.draw_keep(0.5, layers, avmae.MODALITIES, 3, dice)
+        for ours, theirs in zip(net(x, keep).values(), model(x, keep).values()):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_copies_alone(tmp_path):
