@@ -42,6 +42,7 @@ SETTINGS = {  # name: (default, what it is)
     "data": ("", "folder of video files; none: the built-in clips"),
     "annotations": ("", "annotation file of the training clips; none: folder names are labels"),
     "val_annotations": ("", "annotation file of the test clips, if it is another one"),
+    "allow_outside": (False, "let annotations name files that are not below --data"),
     "out": ("", "folder of the run; none: runs/finetune for the demo, else runs/finetune-PRESET"),
     "init": ((), "pretrained checkpoint; several: each for its modalities, or as video=FILE"),
     "model": (
@@ -119,9 +120,9 @@ CHOICES = {
     "model": ("mbt", "encoder", "probe"), "encoder": tuple(avmae.PLANS),
     "modalities": avmae.MODALITIES, "task": ("single", "many", "epic", "ave"), "size": tuple(SIZES)}
 FREE = {  # may change on resume
-    "out", "init", "data", "annotations", "val_annotations", "micro_batch", "log_every",
-    "eval_every", "save_every", "max_bad", "workers", "device", "compile", "checkpoint_activations",
-    "classes", "eval", "predict", "predictions", "embed"}
+    "out", "init", "data", "annotations", "val_annotations", "allow_outside", "micro_batch",
+    "log_every", "eval_every", "save_every", "max_bad", "workers", "device", "compile",
+    "checkpoint_activations", "classes", "eval", "predict", "predictions", "embed"}
 
 
 def parse(argv=None):
@@ -493,7 +494,8 @@ if __name__ == "__main__":
             None, data.Clips(clips, window, modalities, views=args.views if args.predict else 1),
             None)
     elif args.data:
-        labelled = data.labelled_clips(args.data, args.annotations, args.val_annotations)
+        labelled = data.labelled_clips(
+            args.data, args.annotations, args.val_annotations, args.allow_outside)
         if labelled["train"].task != args.task:
             task = labelled["train"].task
             raise data.UserError(f"these annotations are of --task {task}, not {args.task}")

@@ -38,6 +38,7 @@ import data
 SETTINGS = {  # name: (default, what it is)
     "data": ("", "folder of video files; none: the built-in clips"),
     "annotations": ("", "annotation file that lists the clips of --data to use"),
+    "allow_outside": (False, "let annotations name files that are not below --data"),
     "val": ("", "folder of held-out clips; none: 2 % of --data, by hash of the file's name"),
     "out": ("", "folder of the run; none: runs/PRESET"),
     "init": ("", "checkpoint whose weights to start from"),
@@ -97,8 +98,9 @@ CHOICES = {
     "encoder": tuple(avmae.PLANS), "decoder": tuple(avmae.PLANS), "objective": tuple(avmae.CONTEXT),
     "modalities": avmae.MODALITIES, "size": tuple(SIZES), "preset": tuple(PRESETS)}
 FREE = {  # may change on resume
-    "out", "init", "data", "annotations", "val", "micro_batch", "log_every", "eval_every",
-    "save_every", "keep_every", "max_bad", "workers", "device", "compile", "checkpoint_activations"}
+    "out", "init", "data", "annotations", "allow_outside", "val", "micro_batch", "log_every",
+    "eval_every", "save_every", "keep_every", "max_bad", "workers", "device", "compile",
+    "checkpoint_activations"}
 
 
 def parse(argv=None):
@@ -362,7 +364,7 @@ if __name__ == "__main__":
 
     if args.data:
         clips = (
-            data.read_annotations(args.annotations, args.data, "train")
+            data.read_annotations(args.annotations, args.data, "train", args.allow_outside)
             if args.annotations
             else data.find_clips(args.data))
         held = data.held_out(clips)
