@@ -13,12 +13,13 @@ FINE = 200  # of the lower half, which starts again each second
 def write(
     path, seconds=4.0, fps=25, rate=44_100, layout="stereo", size=(64, 48), start=0.0,
     audio_start=0.0, audio_seconds=None, times=None, clicks=(1.0, 2.5), video=True, audio=True,
-    codec="libx264", audio_codec="aac", picture=None, crf=10):
+    codec="libx264", audio_codec="aac", picture=None, crf=10,
+    loudness=0.8):
     """Frames whose upper half is as bright as the time is late, and whose lower half starts again
     each second: see `times_of`. A click of 4 ms is heard at each of `clicks` (s).
 
     picture: time -> (H, W, 3) uint8, instead of that. start shifts both streams, audio_start the
-    sound alone; times (s) makes the frame rate variable.
+    sound alone; times (s) makes the frame rate variable; crf is the codec's quality.
     """
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -46,17 +47,17 @@ def write(
             for click in clicks:
                 first = round((click - audio_start) * rate)
                 if 0 <= first < len(wave):
-                    wave[first : first + rate // 250] = 0.8 * (-1) ** (
+                    wave[first : first + rate // 250] = loudness * (-1) ** (
                         np.arange(rate // 250)[: len(wave) - first] // 8)
-            frame_format = "s16" if audio_codec.startswith("pcm") else "fltp"
+            frame_format = {"pcm_s16le": "s16", "pcm_f32le": "flt"}.get(audio_codec, "fltp")
             for k in range(0, len(wave), 1024):
                 part = wave[k : k + 1024]
-                if frame_format == "s16":
-                    block = (
-                        np.repeat(part[:, None], sound.channels, 1).reshape(1, -1) * 32767
-                    ).astype(np.int16)
-                else:
+                if frame_format == "fltp":
                     block = np.repeat(part[None], sound.channels, 0)
+                else:
+                    block = np.repeat(part[:, None], sound.channels, 1).reshape(1, -1)
+                if frame_format == "s16":
+                    block = (block * 32767).astype(np.int16)
                 frame = av.AudioFrame.from_ndarray(
                     np.ascontiguousarray(block), format=frame_format, layout=layout)
                 frame.sample_rate, frame.time_base = rate, Fraction(1, rate)

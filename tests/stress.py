@@ -1,7 +1,9 @@
-"""Long tests of what the README promises: python tests/stress.py corpus | kills
+"""Long tests of what the README promises: python tests/stress.py corpus | kills | memory | index
 
 corpus  some 300 damaged files: each is used or named, none crashes, hangs or is replaced silently
-kills   a training run killed 50 times at random moments, also while it saves: same losses
+kills   runs stopped 52 times at random moments, also while they save: same losses
+memory  20,000 clips, half of them damaged, through four workers: memory and open files stay
+index   a list of 2 million clips: how long it takes to open and what it costs in four workers
 """
 
 import json
@@ -16,6 +18,8 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import torch  # noqa: E402
+
 import data  # noqa: E402
 import media  # noqa: E402
 
@@ -30,7 +34,8 @@ def damaged(folder, per_kind=10, seed=0):
         "many.mkv": dict(layout="7.1", rate=48_000, audio_codec="pcm_s16le"),
         "late.mp4": dict(audio_start=1.0), "short_sound.mp4": dict(audio_seconds=0.7),
         "long_sound.mp4": dict(audio_seconds=6.0), "one_frame.mp4": dict(times=[0.0]),
-        "shifted.mkv": dict(start=3.0), "mute.mp4": dict(audio=False),
+        "shifted.mkv": dict(start=3.0), "4k.mp4": dict(size=(3840, 2160), times=[0.0, 0.5]),
+        "no_end.mkv": dict(times=[0.0, 2.4]), "mute.mp4": dict(audio=False),
         "blind.mp4": dict(video=False)}
     contents = {}
     for name, settings in good.items():
@@ -54,6 +59,8 @@ def damaged(folder, per_kind=10, seed=0):
             (folder / f"{stem}_zero{k}.{suffix}").write_bytes(zeroed)
         (folder / f"{stem}_renamed.mov").write_bytes(content)
     (folder / "empty.mp4").write_bytes(b"")
+    (folder / "locked.mp4").write_bytes(contents["h264.mp4"])
+    (folder / "locked.mp4").chmod(0)
     (folder / "text.mp4").write_text("no video")
     (folder / "list.mp4").write_text("ffconcat version 1.0\nfile h264.mp4\n")
     os.mkfifo(folder / "pipe.mp4")
@@ -92,56 +99,144 @@ def corpus(per_kind=10):
 
 
 def losses(out):
-    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    log = out / "log.jsonl"
+    lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
     return {x["step"]: x["loss"] for x in lines if "loss" in x}
 
 
-def kills(times=50):
+def children(process):
+    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(x) for x in listed.read_text().split()] if listed.exists() else []
+
+
+def started(script, flags, processes, out):
+    many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [
+            sys.executable, *(many if processes > 1 else []), str(ROOT / f"{script}.py"), *flags,
+            "--epochs", "400", "--batch", "8", "--log-every", "1", "--save-every", "0.125",
+            "--eval-every", "0", "--device", "cpu", "--out", str(out)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def interrupted(case, out, times, rng):
+    """Runs a case, stops it so many times at random moments; how often it was saving."""
+    saving = 0
+    for _ in range(times):
+        before = len(losses(out))
+        process = started(*case, out)
+        while process.poll() is None and len(losses(out)) < before + 2:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.5)
+        during = rng.random() < 0.5  # every second time: during a save
+        while during and process.poll() is None and not (out / "last.pt.partial").exists():
+            time.sleep(0.0005)
+        saving += (out / "last.pt.partial").exists()
+        assert process.poll() is None, "the run ended before it was stopped"
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        below = children(process)  # data workers, or what torchrun has started
+        if case[2] > 1 or (below and rng.random() < 0.3):
+            os.kill(rng.choice(below), number if case[2] > 1 else signal.SIGKILL)
+        else:
+            process.send_signal(number)
+        process.wait(120)
+    return saving
+
+
+def kills(times=52):
     rng = random.Random(0)
+    pretrain = ["--clips", "64", "--held-out-clips", "16"]
+    finetune = ["--per-class", "4", "--test-clips", "16", "--mixup", "0.5", "0.5", "0.5"]
+    finetune += ["--drop-path", "0.2"]
+    cases = {
+        "pretraining": ("train_pretrain", pretrain, 1),
+        "pretraining, workers": ("train_pretrain", [*pretrain, "--workers", "2"], 1),
+        "pretraining, 2 processes": ("train_pretrain", [*pretrain, "--micro-batch", "2"], 2),
+        "finetuning, accumulation": ("train_finetune", [*finetune, "--micro-batch", "4"], 1),
+        "finetuning, 2 processes": ("train_finetune", finetune, 2)}
+    with tempfile.TemporaryDirectory() as folder:
+        for k, (name, case) in enumerate(cases.items()):
+            cut, whole = (pathlib.Path(folder, f"{kind}{k}") for kind in ("cut", "whole"))
+            count = times * (k + 1) // len(cases) - times * k // len(cases)
+            saving = interrupted(case, cut, count, rng)
+            reached = max(losses(cut))
+            process = started(*case, whole)
+            while max(losses(whole), default=0) < reached:
+                assert process.poll() is None
+                time.sleep(0.1)
+            process.terminate()
+            process.wait(120)
+            expected = losses(whole)
+            assert all(expected[step] == loss for step, loss in losses(cut).items())
+            print(
+                f"{name}: stopped {count} times, {saving} of them during a save; "
+                f"{len(losses(cut))} steps with the losses of a whole run", flush=True)
+
+
+def use_of(pids):
+    """Memory (MB, what is shared divided among its users) and open files of processes."""
+    pss, files = 0, 0
+    for pid in pids:
+        for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            pss += int(line.split()[1]) if line.startswith("Pss:") else 0
+        files += len(os.listdir(f"/proc/{pid}/fd"))
+    return pss / 1024, files
+
+
+def load(clips, count):
+    return torch.utils.data.DataLoader(
+        clips, batch_sampler=data.Batches(len(clips), 20, 0, 0, count // 20),
+        collate_fn=data.collate, num_workers=4)
+
+
+def memory(count=20_000):
+    with tempfile.TemporaryDirectory() as folder:
+        damaged(pathlib.Path(folder))
+        window = data.Window(frames=4, step=0.16, size=32, seconds=1.28, mels=32)
+        clips = data.Clips(data.find_clips(folder), window, augment=data.Augment())
+        print(f"{len(clips)} files, half of them bad; four workers' memory and open files:")
+        workers = load(clips, count)
+        batches = iter(workers)
+        pids = [w.pid for w in batches._workers]
+        early = None
+        for k, _ in enumerate(batches, start=1):
+            if k % (count // 200) == 0 and len(batches):
+                used, files = use_of(p for p in pids if os.path.exists(f"/proc/{p}/fd"))
+                print(f"  after {20 * k:6d} clips {used:7.1f} MB, {files} files", flush=True)
+                early = early or (used, files)
+                if k < count // 20 - 8:  # while all workers live
+                    last = used, files
+        assert last[0] < 1.1 * early[0] and last[1] <= early[1] + 4, (early, last)
+
+
+def index(rows=2_000_000):
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        run = [
-            sys.executable, str(ROOT / "train_pretrain.py"), "--clips", "64", "--batch", "8",
-            "--epochs", str(10 * times), "--log-every", "1", "--save-every", "0.125",
-            "--eval-every", "0", "--device", "cpu", "--out"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        killed = saving = 0
-        while killed < times:
-            before = (folder / "cut" / "last.pt").exists()
-            process = subprocess.Popen([*run, str(folder / "cut")], **quiet)
-            lines = len(losses(folder / "cut")) if before else 0
-            while process.poll() is None and (
-                not (folder / "cut" / "log.jsonl").exists()
-                or len(losses(folder / "cut")) < lines + 2):
-                time.sleep(0.01)
-            time.sleep(rng.random() * 0.5)
-            while (
-                rng.random() < 0.5
-                and process.poll() is None
-                and not (folder / "cut" / "last.pt.partial").exists()):
-                time.sleep(0.0005)  # every second time: during a save
-            saving += (folder / "cut" / "last.pt.partial").exists()
-            assert process.poll() is None, "the run ended before it was killed"
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-        reached = max(losses(folder / "cut"))
-        process = subprocess.Popen([*run, str(folder / "whole")], **quiet)
-        while (
-            not (folder / "whole" / "log.jsonl").exists()
-            or max(losses(folder / "whole"), default=0) < reached):
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.kill()
-        process.wait()
-        whole, cut = losses(folder / "whole"), losses(folder / "cut")
-        assert all(whole[step] == loss for step, loss in cut.items())
+        file = media.write(folder / "clips" / "v0000.mp4", seconds=2.5)
+        for i in range(1, 1000):
+            os.link(file, folder / "clips" / f"v{i:04d}.mp4")
+        with open(folder / "a.csv", "w") as out:
+            for k in range(rows):
+                out.write(f"v{k % 1000:04d}.mp4,0,{2 + k % 7 / 100},label {k % 309}\n")
+        window, used = data.Window(frames=4, step=0.16, size=32, seconds=1.28, mels=32), {}
+        for name in "few", "all":
+            start = time.monotonic()
+            clips = (
+                data.read_annotations(folder / "a.csv", folder / "clips")
+                if name == "all"
+                else data.find_clips(folder / "clips"))
+            seconds = time.monotonic() - start
+            batches = iter(load(data.Clips(clips, window, augment=data.Augment()), 4000))
+            for _ in range(100):
+                next(batches)
+            used[name], _ = use_of([os.getpid(), *(w.pid for w in batches._workers)])
+            del batches
         print(
-            f"killed {killed} times, {saving} of them during a save; {len(cut)} steps with the "
-            "losses of a whole run"
-        )
+            f"{rows} rows opened in {seconds:.1f} s; with four workers they cost "
+            f"{used['all'] - used['few']:.0f} MB more than {1000} files do")
 
 
 if __name__ == "__main__":
-    {"corpus": corpus, "kills": kills}[sys.argv[1] if len(sys.argv) > 1 else "corpus"]()
+    known = {"corpus": corpus, "kills": kills, "memory": memory, "index": index}
+    known[sys.argv[1] if len(sys.argv) > 1 else "corpus"]()

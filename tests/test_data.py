@@ -12,6 +12,7 @@ import torch
 
 import data
 import media
+import stress
 from data import Augment, Batches, Clips, UserError, Window
 
 SMALL = Window(frames=8, step=0.16, size=32, seconds=1.28, mels=32)
@@ -199,6 +200,34 @@ def test_bad_files_are_named_and_replaced_by_the_next(tmp_path, good):
         named["mute.mp4"] == "no audio track"
         and named["blind.mp4"] == "no picture"
         and named["pipe.mp4"] == "not a file")
+
+
+def test_every_row_of_a_batch_is_of_the_file_that_it_names(tmp_path):
+    """Of files of different grey and different sound, every second one bad."""
+    grey = {}
+    for i in range(12):
+        path = tmp_path / f"{i:02d}.mp4"
+        if i % 2:
+            path.write_bytes(bytes(1000))
+            continue
+        grey[i] = 20 + 18 * i
+        picture = np.full((48, 64, 3), grey[i], np.uint8)
+        media.write(
+            path, seconds=2.0, picture=lambda t, picture=picture: picture,
+            clicks=[0.05 + k * 1.9 / (i + 1) for k in range(i + 1)])
+    clips = Clips(data.find_clips(tmp_path), SMALL, augment=Augment())
+    own = {i: clips.read(i, np.random.default_rng([0, 0, i]))["audio"] for i in grey}
+    for batch in torch.utils.data.DataLoader(
+        clips, batch_sampler=data.Batches(12, 6, 0, 0, 2), collate_fn=data.collate, num_workers=2
+    ):
+        for row, i in enumerate(batch["index"].tolist()):
+            assert abs(batch["video"][row].float().mean() - grey[i]) < 3
+            assert batch["audio"][row].equal(own[i])
+        assert all(int(name[:2]) % 2 for name, _ in batch["bad"])
+
+
+def test_a_corpus_of_damaged_files():
+    stress.corpus(per_kind=1)
 
 
 def test_in_evaluation_nothing_takes_the_place_of_a_bad_file(tmp_path, good):

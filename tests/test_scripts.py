@@ -331,6 +331,23 @@ def test_finetuning_on_files_and_what_can_be_done_with_the_model(tmp_path, folde
         assert words in said and "picture alone" in said and "cat" in said
 
 
+def test_a_step_that_a_clip_breaks_is_named_and_not_applied(tmp_path):
+    for i in range(3):
+        media.write(tmp_path / "clips" / f"good{i}.mp4", seconds=2.0)
+    for where in "clips", "val":  # finite in the file, not in the spectrogram
+        media.write(
+            tmp_path / where / "loud.mkv", seconds=2.0, audio_codec="pcm_f32le", layout="mono",
+            rate=16_000, loudness=3e38 if where == "clips" else 0.8,
+            clicks=np.arange(20) / 10)
+    flags = [*FILES, "--batch", "1", "--epochs", "3", "--data", tmp_path / "clips"]
+    ran = run("train_pretrain", *flags, "--val", tmp_path / "val", "--out", tmp_path / "out")
+    lines = [line for line in ran.stdout.splitlines() if "is not finite" in line]
+    assert len(lines) == 3 and all("audio" in x and "loud.mkv" in x for x in lines)
+    weights = avmae.read(tmp_path / "out" / "last.pt")["model"].values()
+    assert all(p.isfinite().all() for p in weights)
+    assert sum(np.isfinite(x) for x in losses(tmp_path / "out").values()) == 9
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_pretraining_on_hardly_any_clips(tmp_path, count):
     for i in range(count):
@@ -372,6 +389,12 @@ def test_a_stopped_finetuning_continues_with_the_same_losses(tmp_path):
     assert 0 < avmae.read(tmp_path / "cut" / "last.pt")["step"] < 12
     run("train_finetune", *fine, "--out", tmp_path / "cut")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    two = ["--nproc_per_node=2", "--standalone"]
+    moved = tmp_path / "moved"
+    assert interrupt(fine, moved, signal.SIGKILL, "train_finetune", two, worker=True) != 0
+    assert 0 < avmae.read(moved / "last.pt")["step"] < 12
+    run("train_finetune", *fine, "--out", moved)
+    close(losses(moved), losses(tmp_path / "whole"))
 
 
 def test_evaluation_on_three_processes_is_that_on_one(tmp_path, folder):
@@ -388,10 +411,10 @@ def test_evaluation_on_three_processes_is_that_on_one(tmp_path, folder):
     (folder / "test" / "cat" / "wrong.mp4").write_bytes(b"nothing")
     try:
         metrics = []
-        for processes in 1, 3:
+        for processes in 1, 3, 8:  # which is more than there are clips
             run(
                 "train_finetune", "--eval", out / "best.pt", "--data", folder, "--device", "cpu",
-                "--out", tmp_path / f"e{processes}", processes=processes)
+                "--workers", "0", "--out", tmp_path / f"e{processes}", processes=processes)
             results = json.loads((tmp_path / f"e{processes}" / "results.json").read_text())
             assert (results["clips"], results["unreadable"]) == (5, 1)
             metrics.append(results["metrics"])
