@@ -14,6 +14,8 @@ patch, D width, L layers, S joint layers.
 
 import json
 import math
+import os
+import pathlib
 import pickle
 import re
 from dataclasses import asdict, dataclass, field
@@ -684,15 +686,25 @@ def build(config):
 
 
 def save(model, path, **extra):
-    """Weights and settings in one file that `load` takes; safetensors by that suffix."""
-    if str(path).endswith(".safetensors"):
-        from safetensors.torch import save_file
+    """Weights and settings in one file that `load` takes; safetensors by that suffix.
 
-        save_file(
-            model.state_dict(), path,
-            {"config": json.dumps(describe(model.config)), "extra": json.dumps(extra)})
-    else:
-        torch.save({"config": describe(model.config), "model": model.state_dict(), **extra}, path)
+    Written beside `path` and moved there: it is whole or not there at all. OSError on a full disk.
+    """
+    config, state = describe(model.config), model.state_dict()
+    partial = pathlib.Path(f"{path}.partial")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import save_file
+
+            save_file(state, partial, {"config": json.dumps(config), "extra": json.dumps(extra)})
+        else:
+            torch.save({"config": config, "model": state, **extra}, partial)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"could not save {path}: {str(error).splitlines()[0]}. What was saved before is still "
+            "there") from None
+    os.replace(partial, path)
 
 
 def load(path, **assume):

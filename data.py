@@ -57,6 +57,14 @@ class UserError(ValueError):
         super().__init__(str(sentence).rsplit("UserError: ", 1)[-1].strip())
 
 
+def one_sentence(kind, error, trace):
+    """For sys.excepthook: what users and disks cause ends in a sentence, the rest in a traceback."""
+    if issubclass(kind, (ValueError, OSError)):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 class ClipError(Exception):
     """Why a clip cannot be used."""
 
@@ -436,6 +444,11 @@ class Clips(torch.utils.data.Dataset):
         return clip
 
 
+def to_device(batch, device):
+    """The clips {m: (B, ...)} of a batch on a device; bytes stay bytes."""
+    return {m: batch[m].to(device, non_blocking=True) for m in MODALITIES if m in batch}
+
+
 def collate(samples):
     """Samples -> a batch: tensors stacked, "index" (B,), "bad" one list. Samples without tensors
     (unreadable, in evaluation) are left out."""
@@ -714,7 +727,7 @@ def _parsed(file):
 
 @contextlib.contextmanager
 def _no_gc():
-    """Millions of rows are made, none of them garbage: without the search it takes half the time."""
+    """Millions of rows are made, none of them garbage: not to search takes half the time."""
     gc.disable()
     try:
         yield
@@ -1090,20 +1103,17 @@ def main():
     parser.add_argument("--seconds", type=float, default=8.0, help="check: audio of a window")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
-    try:
-        index = (
-            read_annotations(args.annotations, args.source)
-            if args.annotations
-            else find_clips(args.source))
-        if args.command == "check":
-            return int(check(index, Window(seconds=args.seconds), args.workers) > 0)
-        if not args.target:
-            raise UserError("say where to: python data.py prepare SOURCE TARGET")
-        return int(prepare(index, args.target, args.quality, args.workers) > 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    index = (
+        read_annotations(args.annotations, args.source)
+        if args.annotations
+        else find_clips(args.source))
+    if args.command == "check":
+        return int(check(index, Window(seconds=args.seconds), args.workers) > 0)
+    if not args.target:
+        raise UserError("say where to: python data.py prepare SOURCE TARGET")
+    return int(prepare(index, args.target, args.quality, args.workers) > 0)
 
 
 if __name__ == "__main__":
+    sys.excepthook = one_sentence
     sys.exit(main())

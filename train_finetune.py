@@ -310,11 +310,6 @@ def metrics_of(task, logits, labels, classes):
 # Evaluation
 
 
-def to_device(batch, device):
-    """Clips of a batch on the device; bytes stay bytes."""
-    return {m: batch[m].to(device, non_blocking=True) for m in avmae.MODALITIES if m in batch}
-
-
 @torch.no_grad()
 def predict(model, inputs, views):
     """Mean logits over modalities and views; inputs {m: (B, views, ...)}, {m: (B, ...)} if one."""
@@ -332,11 +327,8 @@ def evaluate(model, loader, args, device, autocast):
         bad += batch["bad"]
         if len(batch["index"]):
             with autocast():
-                rows.append(
-                    (
-                        batch["index"], predict(model, to_device(batch, device), args.views).cpu(),
-                        batch["label"])
-                )
+                logits = predict(model, data.to_device(batch, device), args.views).cpu()
+            rows.append((batch["index"], logits, batch["label"]))
     model.train()
     gathered = [(rows, bad)]
     if dist.is_initialized():
@@ -377,7 +369,7 @@ def embed(model, clips, load, path, device, autocast, turn):
             if len(batch["index"]):
                 rows["names"] += [clips.name(i) for i in batch["index"].tolist()]
                 with autocast():
-                    features = model.features(to_device(batch, device))
+                    features = model.features(data.to_device(batch, device))
                 for m, x in features.items():
                     rows.setdefault(m, []).extend(x.float().cpu().numpy())
         np.savez(parts / f"{k}.partial.npz", **rows)
@@ -406,20 +398,6 @@ def names_and_scores(logits, task, classes, names, top=5):
     return tops
 
 
-def save(path, **parts):
-    """Writes a checkpoint beside `path` and moves it there: it is whole or not there at all."""
-    partial = pathlib.Path(f"{path}.partial")
-    try:
-        torch.save(parts, partial)
-    except (OSError, RuntimeError) as error:  # a full disk
-        partial.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise data.UserError(
-            f"could not save {path}: {reason}. What was saved before is still there: make room, "
-            "and the same command continues from it") from None
-    os.replace(partial, path)
-
-
 def same_settings(old, new):
     """Raises if a run in `out` was made with other settings."""
     differ = [
@@ -432,16 +410,8 @@ def same_settings(old, new):
             "Choose another folder with --out")
 
 
-def one_sentence(kind, error, trace):
-    """Mistakes of the user, and of disks, end in a sentence, others in a traceback."""
-    if issubclass(kind, (ValueError, OSError, data.UserError)):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
 if __name__ == "__main__":
-    sys.excepthook = one_sentence
+    sys.excepthook = data.one_sentence
     args = parse()
 
     # -----------------------------------------------------------------------------------------
@@ -621,9 +591,9 @@ if __name__ == "__main__":
             del clip["audio"]
         if clip["bad"]:
             raise data.UserError(f"{args.predict}: {clip['bad'][0][1]}")
+        inputs = data.to_device(data.collate([clip]), device)
         with torch.no_grad(), autocast():
-            logits = predict(model.eval(), to_device(data.collate([clip]), device), args.views)[
-                0].cpu()
+            logits = predict(model.eval(), inputs, args.views)[0].cpu()
         for top in names_and_scores(logits, args.task, classes, names):
             say("  ".join(f"{name} {score:.3f}" for name, score in top))
         end()
@@ -703,7 +673,7 @@ if __name__ == "__main__":
                 named.add(name)
                 bar.write(f"unreadable, replaced: {name}: {reason}")
 
-        inputs = to_device(batch, device)
+        inputs = data.to_device(batch, device)
         target = targets_of(args.task, batch["label"].to(device), classes)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         keep = (
@@ -781,11 +751,10 @@ if __name__ == "__main__":
         best_metric = next(iter(metrics.values())) if better else best_metric
         if rank == 0 and (stopped or tested or crossed(done, args.save_every)):
             state = dict(
-                config=avmae.describe(model.config), model=model.state_dict(), names=names,
-                settings=vars(args), step=done, best=best_metric, metrics=metrics)
-            save(last, **state, optimizer=optimizer.state_dict())
+                names=names, settings=vars(args), step=done, best=best_metric, metrics=metrics)
+            avmae.save(model, last, **state, optimizer=optimizer.state_dict())
             if better:
-                save(best, **state)
+                avmae.save(model, best, **state)
         if stopped:
             say(f"stopped at step {done} of {steps}; the same command continues")
             end(0 if done == steps else 1)

@@ -182,11 +182,6 @@ def masks_of(model, args, step, rows):
 # Held-out errors and pictures (Fig. 5)
 
 
-def to_device(batch, device):
-    """Clips of a batch on the device; bytes stay bytes."""
-    return {m: batch[m].to(device, non_blocking=True) for m in avmae.MODALITIES if m in batch}
-
-
 @torch.no_grad()
 def evaluate(model, loader, device, autocast, seed=0):
     """Held-out errors {key: (error, error with another clip's other modality)}, each the mean of
@@ -197,7 +192,7 @@ def evaluate(model, loader, device, autocast, seed=0):
     for k, batch in enumerate(loader):
         if not len(batch["index"]):
             continue
-        inputs, count = to_device(batch, device), len(batch["index"])
+        inputs, count = data.to_device(batch, device), len(batch["index"])
         masks = model.draw_masks(count, torch.Generator().manual_seed(seed + 7 * k))
         with autocast():
             losses = model(inputs, masks).losses
@@ -284,24 +279,6 @@ def _audio_sheet(rows):
     return make_grid(sheet.flatten(0, 1)[:, None], nrow=3, padding=2)
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints and messages
-
-
-def save(path, **parts):
-    """Writes a checkpoint beside `path` and moves it there: it is whole or not there at all."""
-    partial = pathlib.Path(f"{path}.partial")
-    try:
-        torch.save(parts, partial)
-    except (OSError, RuntimeError) as error:  # a full disk
-        partial.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise data.UserError(
-            f"could not save {path}: {reason}. What was saved before is still there: make room, "
-            "and the same command continues from it") from None
-    os.replace(partial, path)
-
-
 def same_settings(old, new):
     """Raises if a run in `out` was made with other settings."""
     differ = [
@@ -314,16 +291,8 @@ def same_settings(old, new):
             "Choose another folder with --out")
 
 
-def one_sentence(kind, error, trace):
-    """Mistakes of the user, and of disks, end in a sentence, others in a traceback."""
-    if issubclass(kind, (ValueError, OSError, data.UserError)):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
 if __name__ == "__main__":
-    sys.excepthook = one_sentence
+    sys.excepthook = data.one_sentence
     args = parse()
     config, window = configs(args)
 
@@ -433,8 +402,9 @@ if __name__ == "__main__":
             clip = data.Clips(data.single_clip(args.picture), window, model.config.modalities)[0, 0]
             if clip["bad"]:
                 raise data.UserError(f"{args.picture}: {clip['bad'][0][1]}")
-            draw(model, to_device(data.collate([clip]), device), pathlib.Path(args.picture).stem)
-            say(f"wrote {pathlib.Path(args.picture).stem}_*.png")
+            name = pathlib.Path(args.picture).stem
+            draw(model, data.to_device(data.collate([clip]), device), name)
+            say(f"wrote {name}_*.png")
             end()
     else:
         model = avmae.AVMAE(config).to(device)
@@ -501,7 +471,7 @@ if __name__ == "__main__":
             some = [5 * i % len(held_out) for i in range(min(4, len(held_out)))]  # of four classes
             few = data.collate([held_out[0, i] for i in some])
             if len(few["index"]):
-                draw(model, to_device(few, device), out / "pictures" / f"{step:07d}")
+                draw(model, data.to_device(few, device), out / "pictures" / f"{step:07d}")
         return errors
 
     # -----------------------------------------------------------------------------------------
@@ -529,7 +499,7 @@ if __name__ == "__main__":
                 with open(out / "unreadable.txt", "a") as file:
                     file.write(f"{name}: {reason}\n")
 
-        inputs = to_device(batch, device)
+        inputs = data.to_device(batch, device)
         masks = masks_of(model, args, step, slice(rank * local, (rank + 1) * local))
         masks = [
             {m: ids.to(device, non_blocking=True) for m, ids in part.items()} for part in masks]
@@ -607,12 +577,10 @@ if __name__ == "__main__":
             )
         if stopped or crossed(done, args.save_every) or crossed(done, args.keep_every):
             if rank == 0:
-                state = dict(
-                    config=avmae.describe(config), model=model.state_dict(),
-                    optimizer=optimizer.state_dict(), step=done, settings=vars(args))
-                save(last, **state)
+                state = dict(optimizer=optimizer.state_dict(), step=done, settings=vars(args))
+                avmae.save(model, last, **state)
                 if crossed(done, args.keep_every):
-                    save(out / f"epoch_{done / steps_per_epoch:g}.pt", **state)
+                    avmae.save(model, out / f"epoch_{done / steps_per_epoch:g}.pt", **state)
         if stopped:
             say(f"stopped at step {done} of {steps}; the same command continues")
             end(0 if done == steps else 1)

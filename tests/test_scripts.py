@@ -184,7 +184,9 @@ def test_a_run_moved_from_two_processes_to_one(tmp_path, whole):
     close(losses(tmp_path), losses(whole[0]))
 
 
-def test_torchrun_restarts_a_run(tmp_path, whole):
+def test_torchrun_restarts_a_run(tmp_path, whole, monkeypatch):
+    # else a restarted process may find the addresses of the one before in torchrun's store
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     restart = ["--nproc_per_node=2", "--standalone", "--max_restarts=1"]
     assert interrupt(SAVING, tmp_path, signal.SIGKILL, torchrun=restart, worker=True) == 0
     close(losses(tmp_path), losses(whole[0]))
