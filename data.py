@@ -58,7 +58,7 @@ class UserError(ValueError):
 
 
 def one_sentence(kind, error, trace):
-    """For sys.excepthook: what users and disks cause ends in a sentence, the rest in a traceback."""
+    """For sys.excepthook: what a user or a disk causes is told in a sentence, without a trace."""
     if issubclass(kind, (ValueError, OSError)):
         print(f"error: {error}", file=sys.stderr)
     else:

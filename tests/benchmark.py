@@ -177,20 +177,20 @@ def timed(args, *steps):
 
 
 def memory(device):
-    """Peak of the device in GB since the last call."""
+    """Peak of the device since the last call, as words; of a CPU it is not known."""
     if device.type != "cuda":
-        return float("nan")
+        return ""
     peak = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.reset_peak_memory_stats()
-    return peak
+    return f"{peak:.1f} GB"
 
 
 def row(label, step, rate, device):
     gflop = step.gflop()
     print(
-        f"{label:40s} " + " ".join(f"{1e3 * t:7.1f}ms" for t in step.medians())
+        f"{label:44s} " + " ".join(f"{1e3 * t:7.1f}ms" for t in step.medians())
         + f" {step.clips_per_s():8.1f} {step.clips_per_s() * gflop * 1e9 / rate:8.2f}"
-        + f" {gflop:9.2f} {memory(device):6.1f}")
+        + f" {gflop:9.2f}  {memory(device)}")
 
 
 def training_steps(args, device):
@@ -200,8 +200,8 @@ def training_steps(args, device):
     print(
         f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
         f"{rate / 1e12:.3g} TFLOP/s in matrix products\n"
-        f"{'step':40s} {'forward':>9s} {'backward':>9s} {'optimiser':>9s} {'clips/s':>8s} "
-        f"{'of floor':>8s} {'GFLOP':>9s} {'GB':>6s}")
+        f"{'step':44s} {'forward':>9s} {'backward':>9s} {'optimiser':>9s} {'clips/s':>8s} "
+        f"{'of floor':>8s} {'GFLOP':>9s}  peak")
     speeds = {}
     for size in args.sizes:
         alone = {}
@@ -235,7 +235,7 @@ def growth(args, device):
     """Prints how the pretraining step grows, relative to the preset's."""
     size = args.sizes[0]
     base = timed(args, pretraining(args, device, size=size)).clips_per_s()
-    print(f"growth, against {size} at the preset's settings: relative clips/s (GB)")
+    print(f"growth, against {size} at the preset's settings: relative clips/s, peak memory")
     for what, values in GROWTH[args.preset].items():
         found = []
         for value in values:
@@ -243,7 +243,7 @@ def growth(args, device):
             memory(device)
             try:
                 step = timed(args, pretraining(args, device, **settings))
-                found.append(f"{value}: {step.clips_per_s() / base:.2f} ({memory(device):.1f})")
+                found.append(f"{value}: {step.clips_per_s() / base:.2f} {memory(device)}".rstrip())
             except torch.OutOfMemoryError:
                 found.append(f"{value}: does not fit")
         print(f"    {what:8s} " + ", ".join(found))

@@ -1,12 +1,14 @@
 """Reruns the experiments whose results the README states: python tests/evidence.py [GROUP ...]
 
-Each is a command of the two scripts with three seeds, on the built-in clips; results go to
-assets/results.json with their settings, seeds, time, hardware and versions. Runs that are done are
-not repeated. Groups: demo, inpainting, finetuning, encoders, objectives.
+Each is a command of the two scripts on the built-in clips, on one thread; as many run at once as
+there are processors. Results go to assets/results.json with their commands, settings, seeds, time,
+hardware and versions, learning curves to assets/curves.svg. Runs that are done are not repeated.
+Groups: the keys of GROUPS.
 """
 
 import concurrent.futures
 import json
+import math
 import os
 import pathlib
 import platform
@@ -24,84 +26,121 @@ SEEDS = (1, 2, 3)  # settings were chosen on seed 0
 INPAINT = [  # smaller batches: it takes some 2,000 steps before audio looks at the picture
     "--objective", "inpaint_both", "--encoder", "early", "--mask-audio", "0.95", "--mask-video",
     "0.7", "--batch", "16", "--lr", "3.2e-2", "--epochs", "16"]
-LONG = RUNS / "long-0"  # the pretrained model of the finetuning group
-MODALITIES = {"audio": ["audio"], "video": ["video"], "audiovisual": ["video", "audio"]}
+BOTH = ["--modalities", "video", "audio"]
+OBJECTIVES = ("joint", "video_from_audio", "audio_from_video", "inpaint_both", "joint_inpaint")
+
+PRETRAINED = {  # name: (flags of train_pretrain.py, seeds)
+    "demo": ([], SEEDS),
+    "inpaint_both, tuned": (INPAINT, SEEDS),
+    "50 epochs": (["--epochs", "50"], (0,)),
+}
 
 
-def pretrain(name, seed, *args):
-    return f"{name}-{seed}", ["train_pretrain.py", *args, "--seed", str(seed)], name
+def pretrained(name, *flags, seeds=(1,)):
+    """Names a pretraining run: 20 epochs of the demo, unless flags say otherwise."""
+    PRETRAINED[name] = (["--epochs", "20", *flags], seeds)
+    return name
 
 
-def finetune(name, seed, *args):
-    # other training clips and weights for each seed, test clips that no choice has seen
-    return (
-        f"{name}-{seed}", ["train_finetune.py", *args, "--seed", str(seed), "--test-seed", "7"],
-        name)
+pretrained("mid + shared")
+for encoder in "early", "shared", "separate":
+    pretrained(f"{encoder} + shared", "--encoder", encoder)
+for decoder in "early", "separate":
+    pretrained(f"mid + {decoder}", "--decoder", decoder)
+for objective in OBJECTIVES:
+    pretrained(
+        objective, "--encoder", "early", "--objective", objective, "--mask-audio", "0.8",
+        "--mask-video", "0.8")
+for m in "audio", "video":
+    pretrained(f"{m} only", "--encoder", "separate", "--modalities", m)
+for epochs in "5", "10":
+    pretrained(f"{epochs} epochs", "--epochs", epochs)
+pretrained("half the clips, 40 epochs", "--fraction", "0.5", "--epochs", "40")
+pretrained("S = 1", "--joint-layers", "1")
+for ratio in "0.3", "0.9":
+    pretrained(f"audio {ratio}, video 0.6", "--epochs", "10", "--mask-audio", ratio)
+for ratio in "0.3", "0.9":
+    pretrained(f"audio 0.5, video {ratio}", "--epochs", "10", "--mask-video", ratio)
+for m in "audio", "video":
+    for ratio in "0.3", "0.6", "0.9":
+        pretrained(
+            f"{m} only, {ratio}", "--epochs", "10", "--encoder", "separate", "--modalities", m,
+            f"--mask-{m}", ratio)
+for objective in "joint", "inpaint_both":
+    for rate in "0.8e-2", "3.2e-2", "12.8e-2":
+        pretrained(
+            f"{objective}, lr {rate}", *INPAINT, "--epochs", "8", "--objective", objective, "--lr",
+            rate)
+
+ENCODERS = ("early + shared", "shared + shared", "separate + shared", "mid + shared")
+AUDIO, VIDEO = ["--modalities", "audio"], ["--modalities", "video"]
+GROUPS = {  # group: [(pretrained models, flags of train_finetune.py; None: not finetuned)]
+    "demo": [(["demo"], None)],
+    "inpainting": [(["inpaint_both, tuned"], None)],
+    "finetuning": [
+        (models, flags) for models in ([], ["50 epochs"]) for flags in (AUDIO, VIDEO, BOTH)],
+    "encoders": [([name], BOTH) for name in (*ENCODERS, "mid + early", "mid + separate")],
+    "modalities": [
+        *(
+            ([name], flags)
+            for name in ("audio only", "video only", "mid + shared")
+            for flags in (AUDIO, VIDEO, BOTH)),
+        (["video only", "audio only"], BOTH)],
+    "objectives": [([name], BOTH) for name in OBJECTIVES],
+    "joint layers": [([name], BOTH) for name in ("S = 1", "mid + shared", "early + shared")],
+    "architecture": [
+        ([name], flags)
+        for flags in ([*BOTH, "--model", "encoder"], [*AUDIO, "--model", "probe"])
+        for name in ENCODERS],
+    "length": [
+        ([name], BOTH)
+        for name in ("5 epochs", "10 epochs", "mid + shared", "half the clips, 40 epochs")],
+    "learning rates": [([name], None) for name in PRETRAINED if ", lr " in name],
+    "masks": [
+        ([name], AUDIO if name[:7] == "audio o" else VIDEO if name[:7] == "video o" else BOTH)
+        for name in PRETRAINED
+        if name.startswith(("audio 0", "audio only, ", "video only, "))],
+}
 
 
-def group(name):
-    """The runs of a group, in stages: those of a stage need the stage before."""
-    if name == "demo":
-        return [[pretrain("demo", s) for s in SEEDS]]
-    if name == "inpainting":
-        return [[pretrain("inpaint_both", s, *INPAINT) for s in SEEDS]]
-    if name == "finetuning":
-        start = {"scratch": [], "pretrained": ["--init", str(LONG / "last.pt")]}
-        return [
-            [pretrain("long", 0, "--epochs", "50")],
-            [
-                finetune(f"{kind} {m}", s, "--modalities", *MODALITIES[m], *init)
-                for kind, init in start.items()
-                for m in MODALITIES
-                for s in SEEDS],
-        ]
-    choices = {
-        "encoders": [
-            (f"{e} + {d}", ["--encoder", e, "--decoder", d])
-            for e, d in (
-                ("early", "shared"), ("shared", "shared"), ("separate", "shared"),
-                ("mid", "shared"), ("mid", "early"), ("mid", "separate"))
-        ],
-        "objectives": [
-            (
-                o,
-                [
-                    "--encoder", "early", "--objective", o, "--mask-audio", "0.8", "--mask-video",
-                    "0.8"],
-            )
-            for o in (
-                "joint", "video_from_audio", "audio_from_video", "inpaint_both", "joint_inpaint")
-        ],
-    }
-    return [
-        [pretrain(f"{name}: {label}", 1, *args) for label, args in choices[name]],
-        [
-            finetune(
-                f"{name}: {label}, finetuned", s, "--init",
-                str(RUNS / f"{name}: {label}-1" / "last.pt"))
-            for label, _ in choices[name]
-            for s in SEEDS
-        ],
-    ]
-
-
-def run(job):
-    """Runs a command unless its results are there -> (name, results, seconds)."""
-    folder, command, name = job
+def run(folder, command):
+    """Runs a command unless its results are there -> its results."""
     out = RUNS / folder
     if not (out / "results.json").exists():
         out.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         with open(out / "said.txt", "w") as said:
-            subprocess.run(
+            done = subprocess.run(
                 [sys.executable, *command, "--device", "cpu", "--out", str(out)], cwd=ROOT,
-                check=True, stdout=said, stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"})
+                stdout=said, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:  # a run that diverges is a result
+            reason = (out / "said.txt").read_text().splitlines()[-1]
+            (out / "results.json").write_text(json.dumps({"held_out": {}, "failed": reason}))
         (out / "seconds.txt").write_text(f"{time.monotonic() - start:.0f}")
     results = json.loads((out / "results.json").read_text())
-    results["command"] = " ".join(["python", *command]).replace(str(ROOT) + "/", "")
+    command = [str(pathlib.Path(c).relative_to(ROOT)) if c.startswith("/") else c for c in command]
+    results["command"] = " ".join(["python", *command])
     results["seconds"] = int((out / "seconds.txt").read_text())
-    return name, results
+    return results
+
+
+def pretrain(name, seed):
+    flags, _ = PRETRAINED[name]
+    return run(f"{name}-{seed}", ["train_pretrain.py", *flags, "--seed", str(seed)])
+
+
+def finetune(sources, flags, seed):
+    # other training clips and weights for each seed, test clips that no choice has seen
+    init = [str(RUNS / f"{s}-{PRETRAINED[s][1][0]}" / "last.pt") for s in sources]
+    return run(
+        f"{row_name(sources, flags)}-{seed}",
+        ["train_finetune.py", *flags, *(["--init", *init] if init else []), "--seed", str(seed),
+         "--test-seed", "7"])
+
+
+def row_name(sources, flags):
+    flags = [f for f in flags if not f.startswith("--")]
+    return f"{' and '.join(sources) or 'scratch'}: {' '.join(flags)}"
 
 
 def figures(results):
@@ -115,36 +154,75 @@ def figures(results):
         if what != "error"}
 
 
+def summary(runs):
+    """Of the runs of all seeds."""
+    return {
+        "commands": [r["command"] for r in runs], "seconds": [r["seconds"] for r in runs],
+        "settings": {
+            k: v for k, v in runs[0].get("settings", {}).items() if k not in ("out", "init")},
+        "figures": {k: [figures(r)[k] for r in runs] for k in figures(runs[0])},
+        **{"failed": r["failed"] for r in runs if "failed" in r}}
+
+
+def curves(path):
+    """Draws the training losses of the group "learning rates" (Fig. 4)."""
+    colours = {"0.8e-2": "#2a6fb0", "3.2e-2": "#3a9a4b", "12.8e-2": "#c8452f"}
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 250" font-family="sans-serif" '
+        'font-size="12">']
+    for x0, objective in (40, "joint"), (400, "inpaint_both"):
+        runs = {}
+        for rate in colours:
+            log = (RUNS / f"{objective}, lr {rate}-1" / "log.jsonl").read_text().splitlines()
+            runs[rate] = [(r["step"], r["loss"]) for r in map(json.loads, log) if "loss" in r]
+        last = max(step for points in runs.values() for step, _ in points)
+        parts.append(f'<text x="{x0 + 100}" y="18">{objective}</text>')
+        for y in 0.0, 0.5, 1.0:
+            parts.append(
+                f'<path d="M{x0} {220 - 180 * y} h300" stroke="#ddd"/>'
+                f'<text x="{x0 - 6}" y="{224 - 180 * y}" text-anchor="end">{y}</text>')
+        for k, (rate, points) in enumerate(runs.items()):
+            finite = [(s, x) for s, x in points if math.isfinite(x)]
+            smooth = [
+                (finite[i][0], statistics.mean(x for _, x in finite[max(0, i - 4) : i + 1]))
+                for i in range(len(finite))]
+            line = " ".join(
+                f"{x0 + 300 * s / last:.1f},{220 - 180 * min(x, 1.1):.1f}" for s, x in smooth)
+            parts.append(
+                f'<polyline points="{line}" fill="none" stroke="{colours[rate]}"/>'
+                f'<text x="{x0 + 210}" y="{44 + 15 * k}" fill="{colours[rate]}">lr {rate}</text>')
+        parts.append(f'<text x="{x0 + 300}" y="238" text-anchor="end">{last} steps</text>')
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
 def main():
-    wanted = sys.argv[1:] or ["demo", "inpainting", "finetuning", "encoders", "objectives"]
+    wanted = sys.argv[1:] or list(GROUPS)
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in wanted:
-        found = {}
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for stage in group(name):
-                for label, results in pool.map(run, stage):
-                    found.setdefault(label, []).append(results)
-        kept[name] = {
-            label: {
-                "commands": [r["command"] for r in results],
-                "seconds": [r["seconds"] for r in results],
-                "settings": {
-                    k: v for k, v in results[0]["settings"].items() if k not in ("out", "init")},
-                "figures": {k: [figures(r)[k] for r in results] for k in figures(results[0])},
-            }
-            for label, results in found.items()
-        }
-        kept[name]["made with"] = {
-            "torch": torch.__version__, "python": platform.python_version(),
-            "processor": f"{os.cpu_count()} x {platform.machine()}, one thread a run"}
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-        for label, row in kept[name].items():
-            for what, values in row.get("figures", {}).items():
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                print(
-                    f"{label:40s} {what:40s} {statistics.mean(values):.3f} +- {spread:.3f} "
-                    f"({len(values)} runs)"
-                )
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for group in wanted:
+            names = dict.fromkeys(name for sources, _ in GROUPS[group] for name in sources)
+            started = {n: [pool.submit(pretrain, n, s) for s in PRETRAINED[n][1]] for n in names}
+            found = {n: summary([job.result() for job in jobs]) for n, jobs in started.items()}
+            started = {
+                row_name(sources, flags): [pool.submit(finetune, sources, flags, s) for s in SEEDS]
+                for sources, flags in GROUPS[group]
+                if flags is not None}
+            tuned = {r: summary([job.result() for job in jobs]) for r, jobs in started.items()}
+            made_with = {
+                "torch": torch.__version__, "python": platform.python_version(),
+                "processor": f"{os.cpu_count()} x {platform.machine()}, one thread a run"}
+            kept[group] = {"pretrained": found, "finetuned": tuned, "made with": made_with}
+            RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+            for row, what in (found | tuned).items():
+                for name, values in what["figures"].items():
+                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                    print(
+                        f"{group:14s} {row:36s} {name:34s} {statistics.mean(values):.3f} "
+                        f"+- {spread:.3f} ({len(values)} runs)", flush=True)
+
+
+    if "learning rates" in wanted:
+        curves(ROOT / "assets" / "curves.svg")
 
 
 if __name__ == "__main__":
