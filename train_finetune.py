@@ -6,8 +6,8 @@
     python train_finetune.py --eval runs/finetune/best.pt         # evaluates only
     python train_finetune.py --eval runs/finetune/best.pt --predict clip.mp4
 
-The same command resumes. Settings, saving and the loop are those of train_pretrain.py, repeated
-here so that each script reads alone.
+The same command resumes. Settings and the loop are those of train_pretrain.py, repeated here so
+that each script reads alone.
 """
 
 import argparse
