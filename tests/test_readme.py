@@ -84,7 +84,7 @@ def test_names_in_the_readme_exist():
         thing = owner
         for part in name.split("."):
             thing = getattr(thing, part)
-    for file in re.findall(r"\]\((?!http)([^)]+)\)", README):
+    for file in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / file).exists(), file
 
 
