@@ -43,6 +43,8 @@ def pretrained(name, *flags, seeds=(1,)):
 
 
 pretrained("mid + shared")
+for seed in 2, 3:
+    pretrained(f"mid + shared, seed {seed}", seeds=(seed,))
 for encoder in "early", "shared", "separate":
     pretrained(f"{encoder} + shared", "--encoder", encoder)
 for decoder in "early", "separate":
@@ -80,6 +82,7 @@ GROUPS = {  # group: [(pretrained models, flags of train_finetune.py; None: not 
     "finetuning": [
         (models, flags) for models in ([], ["50 epochs"]) for flags in (AUDIO, VIDEO, BOTH)],
     "encoders": [([name], BOTH) for name in (*ENCODERS, "mid + early", "mid + separate")],
+    "seeds": [([name], BOTH) for name in PRETRAINED if name.startswith("mid + shared")],
     "modalities": [
         *(
             ([name], flags)
