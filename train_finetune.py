@@ -522,7 +522,8 @@ if __name__ == "__main__":
     else:
         sources = []  # (the streams that a checkpoint is for, its path, its model)
         for given in args.init:
-            stream, _, path = given.rpartition("=")
+            named = "=" in given and not os.path.exists(given)  # a path may have one, too
+            stream, path = given.split("=", 1) if named else (None, given)
             source = avmae.load(path, encoder="shared")
             if not isinstance(source, avmae.AVMAE):
                 raise data.UserError(f"{path} is a finetuned model: --init takes pretrained ones")

@@ -58,7 +58,7 @@ for m in "audio", "video":
 for epochs in "5", "10":
     pretrained(f"{epochs} epochs", "--epochs", epochs)
 pretrained("half the clips, 40 epochs", "--fraction", "0.5", "--epochs", "40")
-pretrained("S = 1", "--joint-layers", "1")
+pretrained("S 1", "--joint-layers", "1")
 for ratio in "0.3", "0.9":
     pretrained(f"audio {ratio}, video 0.6", "--epochs", "10", "--mask-audio", ratio)
 for ratio in "0.3", "0.9":
@@ -90,7 +90,7 @@ GROUPS = {  # group: [(pretrained models, flags of train_finetune.py; None: not 
             for flags in (AUDIO, VIDEO, BOTH)),
         (["video only", "audio only"], BOTH)],
     "objectives": [([name], BOTH) for name in OBJECTIVES],
-    "joint layers": [([name], BOTH) for name in ("S = 1", "mid + shared", "early + shared")],
+    "joint layers": [([name], BOTH) for name in ("S 1", "mid + shared", "early + shared")],
     "architecture": [
         ([name], flags)
         for flags in ([*BOTH, "--model", "encoder"], [*AUDIO, "--model", "probe"])
