@@ -106,6 +106,74 @@ GROUPS = {  # group: [(pretrained models, flags of train_finetune.py; None: not 
 }
 
 
+TABLE = [  # (paper's table, [(what, group, row, the paper's accuracy on VGGSound, %)])
+    ("1: encoder + decoder", [
+        (name, "encoders", f"{name}: video audio", paper)
+        for name, paper in (
+            ("early + shared", "62.2"), ("shared + shared", ""), ("separate + shared", "63.0"),
+            ("mid + shared", ""), ("mid + early", ""), ("mid + separate", ""))]),
+    ("the same, other seeds", [
+        (f"mid + shared, seed {s}", "seeds", f"mid + shared, seed {s}: video audio", "")
+        for s in (2, 3)]),
+    ("14: without MBT, the pretraining encoder", [
+        (name, "architecture", f"{name}: video audio encoder", paper)
+        for name, paper in zip(ENCODERS, ("59.4", "", "60.4", ""))]),
+    ("2: objective, early + shared", [
+        (name, "objectives", f"{name}: video audio", "best" if name == "joint" else "")
+        for name in OBJECTIVES]),
+    ("3, 10: pretrained on", [
+        ("audio", "modalities", "audio only: video audio", "58.3"),
+        ("video", "modalities", "video only: video audio", "62.1"),
+        ("each, two models", "modalities", "video only and audio only: video audio", "63.3"),
+        ("both, one model", "modalities", "mid + shared: video audio", "64.2")]),
+    ("3: audio-only finetuning, pretrained on", [
+        ("audio", "modalities", "audio only: audio", ""),
+        ("both", "modalities", "mid + shared: audio", "similar")]),
+    ("3: video-only finetuning, pretrained on", [
+        ("video", "modalities", "video only: video", ""),
+        ("both", "modalities", "mid + shared: video", "similar")]),
+    ("5: epochs (the paper's: 200, 400, 800)", [
+        (f"{n}", "length", f"{name}: video audio", paper)
+        for n, name, paper in (
+            (5, "5 epochs", "63.2"), (10, "10 epochs", "63.9"), (20, "mid + shared", "65.0"))]),
+    ("9: no pretraining; 50 epochs", [
+        ("from scratch", "finetuning", "scratch: video audio", "51.0"),
+        ("pretrained", "finetuning", "50 epochs: video audio", "64.2")]),
+    ("11: masks, 10 epochs", [
+        (name, group, f"{name}: video audio".replace("audio 0.5, video 0.6", "10 epochs"), "")
+        for name, group in (
+            ("audio 0.5, video 0.6", "length"), ("audio 0.3, video 0.6", "masks"),
+            ("audio 0.9, video 0.6", "masks"), ("audio 0.5, video 0.3", "masks"),
+            ("audio 0.5, video 0.9", "masks"))]),
+    ("12: audio alone, 10 epochs", [
+        (r, "masks", f"audio only, {r}: audio", "") for r in ("0.3", "0.6", "0.9")]),
+    ("13: video alone, 10 epochs", [
+        (r, "masks", f"video only, {r}: video", "") for r in ("0.3", "0.6", "0.9")]),
+    ("15: S of 3 layers (the paper's: of 12)", [
+        ("1", "joint layers", "S 1: video audio", ""),
+        ("2", "joint layers", "mid + shared: video audio", ""),
+        ("3, which is early", "joint layers", "early + shared: video audio", "")]),
+    ("17: same number of steps", [
+        ("all clips, 20 epochs", "length", "mid + shared: video audio", ""),
+        ("half, 40 epochs", "length", "half the clips, 40 epochs: video audio", "similar")]),
+    ("18: linear probe, audio", [
+        (name, "architecture", f"{name}: audio probe", paper)
+        for name, paper in zip(ENCODERS, ("26.2", "27.6", "27.6", "27.8"))]),
+]
+
+
+def table(results):
+    """The README's table of results, in markdown."""
+    yield "| table of the paper | | top-1 here, % | paper, % |"
+    yield "|---|---|---|---|"
+    for title, rows in TABLE:
+        for what, group, name, paper in rows:
+            top = [100 * x for x in results[group]["finetuned"][name]["figures"]["top-1"]]
+            ours = f"{statistics.mean(top):.1f} ± {statistics.stdev(top):.1f}"
+            yield f"| {title} | {what} | {ours} | {paper} |"
+            title = ""
+
+
 def run(folder, command):
     """Runs a command unless its results are there -> its results."""
     out = RUNS / folder
@@ -226,6 +294,8 @@ def main():
 
     if "learning rates" in wanted:
         curves(ROOT / "assets" / "curves.svg")
+    if kept.keys() == GROUPS.keys():
+        print(*table(kept), sep="\n")
 
 
 if __name__ == "__main__":
