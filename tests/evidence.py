@@ -240,7 +240,7 @@ def curves(path):
     colours = {"0.8e-2": "#2a6fb0", "3.2e-2": "#3a9a4b", "12.8e-2": "#c8452f"}
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 250" font-family="sans-serif" '
-        'font-size="12">']
+        'font-size="12"><rect width="720" height="250" fill="white"/>']
     for x0, objective in (40, "joint"), (400, "inpaint_both"):
         runs = {}
         for rate in colours:

@@ -1,5 +1,6 @@
 """The README says what is so: its commands parse and build, its names exist."""
 
+import json
 import pathlib
 import re
 import shlex
@@ -10,6 +11,7 @@ import torch
 
 import avmae
 import data
+import evidence
 import train_finetune
 import train_pretrain
 
@@ -67,6 +69,11 @@ def test_a_command_of_the_readme(command):
             assert args.init == () or all(
                 "runs/" in p or p.endswith(".safetensors") for p in args.init)
             avmae.build(module.config_of(args, (97, 300) if args.task == "epic" else (309,)))
+
+
+def test_the_table_of_results_is_that_of_the_results():
+    results = json.loads((ROOT / "assets" / "results.json").read_text())
+    assert "\n".join(evidence.table(results)) in README
 
 
 def test_names_in_the_readme_exist():
