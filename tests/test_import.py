@@ -193,6 +193,15 @@ def test_a_vit_initialises_both_streams(tmp_path, wrap):
     assert target.trunk.norm.weight.equal(state["norm.weight"])
 
 
+def test_a_vit_of_one_channel_is_an_audio_model(tmp_path):
+    state = vit() | {"patch_embed.proj.weight": torch.randn(48, 1, 8, 8)}
+    torch.save(state, tmp_path / "audio.pth")
+    source = avmae.load(tmp_path / "audio.pth")
+    assert source.config.modalities == ("audio",)
+    kernel = state["patch_embed.proj.weight"].reshape(48, 64)
+    torch.testing.assert_close(source.embed["audio"].linear.weight.detach(), kernel)
+
+
 def test_videomaes_tubelets_and_biases(tmp_path):
     state = {f"encoder.{k}": v for k, v in vit().items() if "qkv.bias" not in k and "head" not in k}
     state["encoder.patch_embed.proj.weight"] = torch.randn(48, 3, 2, 8, 8)
@@ -267,17 +276,37 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch, pretrained
         "strange": encode({"params": {"Dense_0": {"kernel": np.zeros((2, 3), np.float32)}}}),
         "object": msgpack.packb(
             {"params": {"a": msgpack.ExtType(1, msgpack.packb(((1,), "object", b"12345678")))}}),
+        "extension": msgpack.packb({"params": {"a": msgpack.ExtType(9, b"12345678")}}),
     }.items():
         pathlib.Path(name).write_bytes(content)
     torch.save({"weights": torch.zeros(3)}, "other.pt")
     torch.save([1, 2], "list.pt")
     for name in (
-        "cut_flax", "empty", "text", "noise", "cut.pt", "foreign", "strange", "object", "evil.pt",
+        "cut_flax", "empty", "text", "noise", "cut.pt", "foreign", "strange", "object", "extension",
+        "evil.pt",
         "evil.pkl", "other.pt", "list.pt", "missing.pt"):
         with pytest.raises(ValueError) as caught:
             avmae.load(name)
         assert len(str(caught.value)) > 20 and "\n" not in str(caught.value), name
     assert not pathlib.Path("owned").exists()
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    pytest.importorskip("safetensors")
+    (tmp_path / "a.safetensors").write_bytes(b"no header, no tensors")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        avmae.load(tmp_path / "a.safetensors")
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+    model = avmae.build(avmae.PretrainConfig(size=SIZE, decoder_size=SIZE, joint_layers=1))
+    avmae.save(model, tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="still there"):
+        avmae.save(model, tmp_path / "a.pt", step=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    assert (tmp_path / "a.pt").read_bytes() == before
 
 
 def test_a_checkpoint_that_does_not_fit_its_settings(tmp_path):

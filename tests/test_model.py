@@ -410,6 +410,8 @@ def test_initialisation():
             dict(objective="audio_from_video", encoder="early", mask={"video": 0.5, "audio": 0.5}),
             "mask more video"),
         (dict(modalities=("audio",), objective="inpaint_both"), "needs both"),
+        (dict(modalities=()), "needs a modality"),
+        (dict(size=Size(25, 4, 2, 48)), "divide its width"),
         (dict(joint_layers=4), "0 < S < 4"),
         (dict(mask={"video": 1.0, "audio": 0.5}), "some visible"),
         (dict(mask={"video": 0.9, "audio": 0.0}), "some must be masked"),
@@ -421,6 +423,11 @@ def test_initialisation():
 def test_impossible_settings_are_refused_with_a_sentence(settings, words):
     with pytest.raises(ValueError, match=words.replace("+", r"\+")):
         PretrainConfig(**{**TINY, **settings})
+
+
+def test_a_fusion_layer_beyond_the_depth_is_refused():
+    with pytest.raises(ValueError, match="fusion layer 5 of 4"):
+        classifier(fusion_layer=5)
 
 
 def test_an_input_that_patches_do_not_divide_is_refused():
