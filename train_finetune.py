@@ -6,34 +6,30 @@
     python train_finetune.py --eval runs/finetune/best.pt         # evaluates only
     python train_finetune.py --eval runs/finetune/best.pt --predict clip.mp4
 
-The same command resumes. Settings and the loop are those of train_pretrain.py, repeated here so
-that each script reads alone.
+The same command resumes. What a run needs whatever it trains (processes, progress, the schedule) is
+in train_pretrain.py.
 """
 
-import argparse
 import csv
-import functools
 import json
 import math
 import os
 import pathlib
 import shutil
-import signal
 import sys
-import time
 from contextlib import nullcontext
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import avmae
 import data
+from train_pretrain import (
+    Progress, for_training, learning_rate, loading, parser_of, processes, resume, shares)
 
 # ---------------------------------------------------------------------------------------------
 # Settings. A preset overrides the defaults, a flag overrides the preset.
@@ -127,21 +123,7 @@ FREE = {  # may change on resume
 
 def parse(argv=None):
     """The settings of a command line, a namespace."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--preset", default="demo", choices=PRESETS, help="the recipe of a data set")
-    for name, (default, text) in SETTINGS.items():
-        kind = {"type": type(default)}
-        if isinstance(default, tuple):
-            kind = {"nargs": len(default), "type": type(default[0]) if default else str}
-        if name in ("modalities", "init"):
-            kind["nargs"] = "+"
-        if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(
-            "--" + name.replace("_", "-"), default=default, help=text, choices=CHOICES.get(name),
-            **kind)
+    parser = parser_of(__doc__, SETTINGS, PRESETS, CHOICES)
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[known.preset])
     if known.eval:  # as it was trained
@@ -174,12 +156,6 @@ def config_of(args, classes, sources=()):
         else {"video": tuple(args.video_norm), "audio": tuple(args.audio_norm)},
         modality_tokens=trunk != "mbt" and bool(first and first.modality_tokens),
     )
-
-
-def learning_rate(step, peak, warmup, steps):
-    """Linear warm-up, then cosine to 0; the first step has 0."""
-    decay = 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup) / max(1, steps - int(warmup))))
-    return peak * min(1.0, step / warmup if warmup else 1.0) * decay
 
 
 # ---------------------------------------------------------------------------------------------
@@ -388,9 +364,8 @@ def embed(model, clips, load, path, device, autocast, turn):
 def names_and_scores(logits, task, classes, names, top=5):
     """The labels of one clip, best first: [(name, score)] of each head; for ave, of each second."""
     scores = logits.sigmoid() if task == "many" else None
-    heads = (
-        logits.split(classes, -1) if logits.ndim == 1 else logits
-    )  # (C_h,) of each head, or (10, C)
+    # (C_h,) of each head, or (10, C)
+    heads = logits.split(classes, -1) if logits.ndim == 1 else logits
     tops = []
     for head, labels in zip(heads, names if task == "epic" else [names] * len(heads)):
         best = (head.softmax(-1) if scores is None else scores).topk(min(top, head.shape[-1]))
@@ -398,55 +373,14 @@ def names_and_scores(logits, task, classes, names, top=5):
     return tops
 
 
-def same_settings(old, new):
-    """Raises if a run in `out` was made with other settings."""
-    differ = [
-        f"{k} is {old.get(k)!r} there and {v!r} here"
-        for k, v in new.items()
-        if k not in FREE and old.get(k) != v]
-    if differ:
-        raise data.UserError(
-            f"{new['out']} holds a run with other settings: {'; '.join(differ[:3])}. "
-            "Choose another folder with --out")
-
-
 if __name__ == "__main__":
     sys.excepthook = data.one_sentence
     args = parse()
-
-    # -----------------------------------------------------------------------------------------
-    # Processes: one per GPU (torchrun sets the environment), or this one
-
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     if (args.predict or args.embed) and not args.eval:
         raise data.UserError("--predict and --embed need a checkpoint: --eval FILE")
-    local = args.batch // world  # clips a process takes of a batch
-    micro = args.micro_batch or local
-    if not (args.eval or args.predict) and (args.batch % world or local % micro):
-        raise data.UserError(
-            f"a batch of {args.batch} is not divided by {world} processes x {micro} clips "
-            "a forward pass: change --batch or --micro-batch")
-    native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    autocast = (
-        functools.partial(torch.autocast, "cuda", torch.bfloat16) if native_bf16 else nullcontext)
-    if world > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            device_id=device if device.type == "cuda" else None)
-    say = print if rank == 0 else lambda *_, **__: None
-
-    def end(code=0):
-        """Ends all processes together: a library's thread that is still busy with the last
-        exchange would abort a process that is on its way out."""
-        if world > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-        sys.exit(code)
+    world, rank, device, autocast, say, end = processes(args.device)
+    # shares of test clips need not be equal
+    local, micro = (0, args.micro_batch or 16) if args.eval else shares(args, world)
 
     # -----------------------------------------------------------------------------------------
     # Data
@@ -478,10 +412,7 @@ if __name__ == "__main__":
         train = data.Builtin(16 * args.per_class, window, args.seed, modalities)
         test = data.Builtin(args.test_clips, window, 2_000_000 + args.test_seed, modalities)
         names = train.classes
-    cpus = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = args.workers if args.workers >= 0 else (max(1, cpus - 1) if args.data else 0)
-    load = functools.partial(
-        DataLoader, collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda")
+    load = loading(args, device)
     mine = [(0, i) for i in range(rank, len(test), world)]
     group = max(1, micro // args.views)
     test_loader = load(
@@ -613,36 +544,11 @@ if __name__ == "__main__":
     drop = 0.0 if args.model == "probe" else args.drop_path
     start, best_metric = 0, -1.0
     if last.exists():
-        saved = avmae.read(last)
-        same_settings(saved["settings"], vars(args))
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        saved = resume(last, model, optimizer, args, FREE)
         start, best_metric = saved["step"], saved["best"]
         say(f"resuming {last} at step {start} of {steps}")
-    if args.checkpoint_activations:
-        for block in model.modules():
-            if isinstance(block, avmae.Block):
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    net = torch.compile(model, fullgraph=True) if args.compile else model
-    if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(
-            net, device_ids=[device.index] if device.index is not None else None)
-    log = out / "log.jsonl"
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
-        log.write_text("".join(kept))  # a killed run had logged on after its last save
-        say(json.dumps(vars(args)))
-    stop = []
-    for name in signal.SIGTERM, signal.SIGINT:
-        signal.signal(name, lambda number, _: stop.append(number))
-
-    def crossed(step, epochs):
-        """Whether a multiple of so many epochs lies in the log interval that ends at `step`."""
-        every = max(1, round(epochs * steps_per_epoch))
-        return epochs > 0 and (
-            step // every > max(0, step - args.log_every) // every or step == steps)
+    net = for_training(model, args, world, device)
+    progress = Progress(args, train, start, steps, steps_per_epoch, (world, rank, device))
 
     def rows_of(tensors, first, count):
         """Rows of a process's micro-batch of what was drawn for the global batch."""
@@ -653,27 +559,9 @@ if __name__ == "__main__":
     # -----------------------------------------------------------------------------------------
     # The loop
 
-    loader = iter(
-        load(
-            train,
-            batch_sampler=data.Batches(
-                len(train), args.batch, args.seed, start, steps, rank, world),
-        )
-    )
-    bar = tqdm(total=steps, initial=start, disable=None if rank == 0 else True)
-    history, named, drawn, unreadable, streak = [], set(), 0, 0, 0
-    waited, since = 0.0, time.monotonic()
+    batches = data.Batches(len(train), args.batch, args.seed, start, steps, rank, world)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    for step in range(start, steps):
-        asked = time.monotonic()
-        batch = next(loader)
-        waited += time.monotonic() - asked
-        drawn, unreadable = drawn + local, unreadable + len(batch["bad"])
-        for name, reason in dict(batch["bad"]).items():
-            if name not in named:
-                named.add(name)
-                bar.write(f"unreadable, replaced: {name}: {reason}")
-
+    for step, batch in progress.batches(load(train, batch_sampler=batches)):
         inputs = data.to_device(batch, device)
         target = targets_of(args.task, batch["label"].to(device), classes)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
@@ -702,65 +590,29 @@ if __name__ == "__main__":
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
         # the fused step is not taken where this is 1, without a synchronisation
         optimizer.found_inf = (~norm.isfinite()).float()
+        rate = learning_rate(step, peak, warmup, steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(step, peak, warmup, steps)
+            group["lr"] = group["scale"] * rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        history.append((step, torch.stack([total, norm]), batch["index"]))
-        bar.update()
-        done = step + 1
-        if done % args.log_every and done < steps:
+        if not progress.due(torch.stack([total, norm]), batch["index"]):
             continue
 
-        values = torch.stack([v for _, v, _ in history]).double()
-        for (at, _, index), (_, gradient) in zip(history, values.tolist()):
-            streak = 0 if math.isfinite(gradient) else streak + 1
-            if streak:
-                bar.write(
-                    f"step {at} is not finite and was not applied; its clips: "
-                    + ", ".join(train.name(i) for i in index.tolist()))
-        finite = values[values[:, -1].isfinite()]
-        mean = finite.mean(0) if len(finite) else values[0]
-        shared = torch.stack(
-            [mean[0], *torch.tensor([bool(stop), waited, drawn, unreadable]).to(mean)])
-        if world > 1:
-            dist.all_reduce(shared)
-        mean_loss, stopped, waited, all_drawn, all_unreadable = shared.tolist()
-        seconds = time.monotonic() - since
-        line = {
-            "step": done, "epoch": done / steps_per_epoch, "loss": mean_loss / world,
-            "lr": learning_rate(step, peak, warmup, steps), "grad_norm": mean[1].item(),
-            "clips_per_s": len(history) * args.batch / seconds, "waiting": waited / world / seconds,
-            "seconds_left": seconds / len(history) * (steps - done),
-            "unreadable": int(all_unreadable)}
-        if rank == 0:
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            bar.write(" ".join(f"{k} {v:.4g}" for k, v in line.items()))
-        if streak >= 3:
-            raise data.UserError(
-                f"{streak} steps in a row were not finite: {last} is from before them; lower --lr"
-            )
-        if all_drawn >= min(len(train), 1000) and all_unreadable > args.max_bad * (
-            all_drawn + all_unreadable):
-            raise data.UserError(
-                f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be "
-                f"read, more than --max-bad {args.max_bad:g}: run python data.py check on it")
-        tested = crossed(done, args.eval_every)
+        stopped = progress.report(["loss"], rate)
+        tested = progress.crossed(args.eval_every)
         metrics = test_now(last) if tested else {}
         better = tested and next(iter(metrics.values())) > best_metric
         best_metric = next(iter(metrics.values())) if better else best_metric
-        if rank == 0 and (stopped or tested or crossed(done, args.save_every)):
+        if rank == 0 and (stopped or tested or progress.crossed(args.save_every)):
             state = dict(
-                names=names, settings=vars(args), step=done, best=best_metric, metrics=metrics)
+                names=names, settings=vars(args), step=progress.done, best=best_metric,
+                metrics=metrics)
             avmae.save(model, last, **state, optimizer=optimizer.state_dict())
             if better:
                 avmae.save(model, best, **state)
         if stopped:
-            say(f"stopped at step {done} of {steps}; the same command continues")
-            end(0 if done == steps else 1)
-        history, waited, since = [], 0.0, time.monotonic()
-    bar.close()
+            say(f"stopped at step {progress.done} of {steps}; the same command continues")
+            end(0 if progress.done == steps else 1)
     if start == steps:
         test_now(last)
     say(f"checkpoints {last} and {best}, results {out / 'results.json'}")

@@ -96,31 +96,36 @@ PRESETS = {
 SIZES = avmae.SIZES | {"demo": (avmae.Size(96, 3, 3, 384), avmae.Size(64, 2, 2, 256))}
 CHOICES = {
     "encoder": tuple(avmae.PLANS), "decoder": tuple(avmae.PLANS), "objective": tuple(avmae.CONTEXT),
-    "modalities": avmae.MODALITIES, "size": tuple(SIZES), "preset": tuple(PRESETS)}
+    "modalities": avmae.MODALITIES, "size": tuple(SIZES)}
 FREE = {  # may change on resume
     "out", "init", "data", "annotations", "allow_outside", "val", "micro_batch", "log_every",
     "eval_every", "save_every", "keep_every", "max_bad", "workers", "device", "compile",
     "checkpoint_activations"}
 
 
-def parse(argv=None):
-    """The settings of a command line, a namespace."""
+def parser_of(about, settings, presets, choices):
+    """A parser with a flag for each of the settings {name: (default, what it is)}."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--preset", default="demo", choices=PRESETS, help="the recipe of a data set")
-    for name, (default, text) in SETTINGS.items():
-        kind = (
-            {"nargs": len(default), "type": type(default[0])}
-            if isinstance(default, tuple)
-            else {"type": type(default)})
-        if name == "modalities":
+        "--preset", default="demo", choices=presets, help="the recipe of a data set")
+    for name, (default, text) in settings.items():
+        kind = {"type": type(default)}
+        if isinstance(default, tuple):
+            kind = {"nargs": len(default), "type": type(default[0]) if default else str}
+        if name == "modalities" or default == ():
             kind["nargs"] = "+"
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(
-            "--" + name.replace("_", "-"), default=default, help=text, choices=CHOICES.get(name),
+            "--" + name.replace("_", "-"), default=default, help=text, choices=choices.get(name),
             **kind)
+    return parser
+
+
+def parse(argv=None):
+    """The settings of a command line, a namespace."""
+    parser = parser_of(__doc__, SETTINGS, PRESETS, CHOICES)
     known, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[known.preset])
     if known.evaluate:  # as it was trained
@@ -279,38 +284,31 @@ def _audio_sheet(rows):
     return make_grid(sheet.flatten(0, 1)[:, None], nrow=3, padding=2)
 
 
-def same_settings(old, new):
-    """Raises if a run in `out` was made with other settings."""
-    differ = [
-        f"{k} is {old.get(k)!r} there and {v!r} here"
-        for k, v in new.items()
-        if k not in FREE and old.get(k) != v]
-    if differ:
-        raise data.UserError(
-            f"{new['out']} holds a run with other settings: {'; '.join(differ[:3])}. "
-            "Choose another folder with --out")
+def tell(errors, constant):
+    """Prints the errors of `evaluate` beside those of `constant_error` -> them as a dict."""
+    print("held-out error, its share of the best constant prediction's, and how much lower it")
+    print("is than with another clip's other modality:")
+    report = {}
+    for key, (error, swapped) in errors.items():
+        share, gain = error / constant[key.split("_")[0]], 1 - error / swapped
+        report[key] = {"error": error, "of_constant": share, "lower_than_swapped": gain}
+        print(f"  {key:18s} {error:.4f}   {share:.3f} of constant   {gain:7.2%}")
+    return report
 
 
-if __name__ == "__main__":
-    sys.excepthook = data.one_sentence
-    args = parse()
-    config, window = configs(args)
+# ---------------------------------------------------------------------------------------------
+# A run of either script: its processes, its checkpoint, and what it says of itself
 
-    # -----------------------------------------------------------------------------------------
-    # Processes: one per GPU (torchrun sets the environment), or this one
 
+def processes(device):
+    """This process among those of torchrun, one per GPU, or alone: world size, rank, device,
+    autocast to bfloat16 where the GPU has it, say (prints once), end (ends all of them)."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    local = args.batch // world  # clips a process takes of a batch
-    micro = args.micro_batch or local
-    if args.batch % world or local % micro:
-        raise data.UserError(
-            f"a batch of {args.batch} is not divided by {world} processes x {micro} clips "
-            "a forward pass: change --batch or --micro-batch")
     native_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     autocast = (
         functools.partial(torch.autocast, "cuda", torch.bfloat16) if native_bf16 else nullcontext)
@@ -318,15 +316,187 @@ if __name__ == "__main__":
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             device_id=device if device.type == "cuda" else None)
-    say = print if rank == 0 else lambda *_, **__: None
 
     def end(code=0):
-        """Ends all processes together: a library's thread that is still busy with the last
-        exchange would abort a process that is on its way out."""
+        # together: a library's thread that is still busy with the last exchange would abort a
+        # process that is on its way out
         if world > 1:
             dist.barrier()
             dist.destroy_process_group()
         sys.exit(code)
+
+    return world, rank, device, autocast, print if rank == 0 else lambda *_: None, end
+
+
+def shares(args, world):
+    """How many clips of a batch a process takes, and how many of these a forward pass."""
+    local = args.batch // world
+    micro = args.micro_batch or local
+    if args.batch % world or local % micro:
+        raise data.UserError(
+            f"a batch of {args.batch} is not divided by {world} processes x {micro} clips "
+            "a forward pass: change --batch or --micro-batch")
+    return local, micro
+
+
+def loading(args, device):
+    """A DataLoader that waits for its data set and sampler."""
+    cpus = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = args.workers if args.workers >= 0 else (max(1, cpus - 1) if args.data else 0)
+    return functools.partial(
+        DataLoader, collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda")
+
+
+def resume(path, model, optimizer, args, free):
+    """Takes up a run where it was saved -> the checkpoint. UserError if it has other settings,
+    `free` ones aside."""
+    saved = avmae.read(path)
+    differ = [
+        f"{k} is {saved['settings'].get(k)!r} there and {v!r} here"
+        for k, v in vars(args).items()
+        if k not in free and saved["settings"].get(k) != v]
+    if differ:
+        raise data.UserError(
+            f"{args.out} holds a run with other settings: {'; '.join(differ[:3])}. "
+            "Choose another folder with --out")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved
+
+
+def for_training(model, args, world, device):
+    """The model with recomputed activations and compiled, if asked for, on all processes."""
+    if args.checkpoint_activations:
+        for block in model.modules():
+            if isinstance(block, avmae.Block):
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    net = torch.compile(model, fullgraph=True) if args.compile else model
+    if world == 1:
+        return net
+    return torch.nn.parallel.DistributedDataParallel(
+        net, device_ids=[device.index] if device.index is not None else None)
+
+
+class Progress:
+    """The steps of a run, and what it says of itself: a progress bar, log.jsonl with a line every
+    --log-every steps, unreadable.txt."""
+
+    def __init__(self, args, clips, start, steps, steps_per_epoch, processes):
+        self.args, self.clips, self.start, self.steps = args, clips, start, steps
+        self.steps_per_epoch, (self.world, self.rank, self.device) = steps_per_epoch, processes
+        self.out = pathlib.Path(args.out)
+        self.stop, self.history, self.named = [], [], set()
+        self.drawn = self.unreadable = self.streak = 0
+        for name in signal.SIGTERM, signal.SIGINT:
+            signal.signal(name, lambda number, _: self.stop.append(number))
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            log = self.out / "log.jsonl"
+            lines = log.read_text().splitlines() if log.exists() else []
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
+            log.write_text("".join(kept))  # a killed run had logged on after its last save
+            print(json.dumps(vars(args)))
+
+    def batches(self, loader):
+        """(step, batch) to the end; each clip that could not be read is named once."""
+        self.bar = tqdm(
+            total=self.steps, initial=self.start, disable=None if self.rank == 0 else True)
+        loader = iter(loader)
+        for self.step in range(self.start, self.steps):
+            asked = time.monotonic()
+            if not self.history:  # saving and evaluating is none of the steps' time
+                self.waited, self.since = 0.0, asked
+            batch = next(loader)
+            self.waited += time.monotonic() - asked
+            self.drawn += len(batch["index"])
+            self.unreadable += len(batch["bad"])
+            for name, reason in dict(batch["bad"]).items():
+                if name not in self.named:
+                    self.named.add(name)
+                    self.bar.write(f"unreadable, replaced: {name}: {reason}")
+                    with open(self.out / "unreadable.txt", "a") as file:
+                        file.write(f"{name}: {reason}\n")
+            yield self.step, batch
+        self.bar.close()
+
+    def due(self, values, index):
+        """Notes a step's losses and, last, norm of the gradient (K + 1,), and its clips -> whether
+        it is time to report."""
+        self.history.append((self.step, values, index))
+        self.bar.update()
+        self.done = self.step + 1
+        return self.done % self.args.log_every == 0 or self.done == self.steps
+
+    def crossed(self, epochs):
+        """Whether a multiple of so many epochs lies in the log interval that ends here."""
+        every = max(1, round(epochs * self.steps_per_epoch))
+        before = max(0, self.done - self.args.log_every)
+        return epochs > 0 and (self.done // every > before // every or self.done == self.steps)
+
+    def report(self, names, lr):
+        """Logs the mean losses {names} since the last report -> whether a process was told to stop.
+
+        One exchange between processes. UserError after three steps in a row that are not finite,
+        or if too many clips cannot be read.
+        """
+        values = torch.stack([v for _, v, _ in self.history]).double()
+        for (step, _, index), row in zip(self.history, values.tolist()):
+            self.streak = 0 if math.isfinite(row[-1]) else self.streak + 1
+            if self.streak:
+                wrong = [n for n, x in zip(names, row) if not math.isfinite(x)] or ["gradient"]
+                self.bar.write(
+                    f"step {step} is not finite in {', '.join(wrong)} and was not applied; clips: "
+                    + ", ".join(self.clips.name(i) for i in index.tolist()))
+        finite = values[values[:, -1].isfinite()]
+        mean = finite.mean(0) if len(finite) else values[0]
+        shared = torch.cat([
+            mean[:-1],
+            torch.tensor([bool(self.stop), self.waited, self.drawn, self.unreadable]).to(mean)])
+        if self.world > 1:
+            dist.all_reduce(shared)
+        *losses, stopped, waited, drawn, unreadable = shared.tolist()
+        seconds = time.monotonic() - self.since
+        memory = (
+            torch.cuda.max_memory_allocated()
+            if self.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        line = {"step": self.done, "epoch": self.done / self.steps_per_epoch}
+        line |= {name: x / self.world for name, x in zip(names, losses)}
+        line |= {
+            "lr": lr, "grad_norm": mean[-1].item(),
+            "clips_per_s": len(self.history) * self.args.batch / seconds,
+            "waiting": waited / self.world / seconds, "memory_gb": memory / 1e9,
+            "seconds_left": seconds / len(self.history) * (self.steps - self.done),
+            "unreadable": int(unreadable)}
+        self.write(line)
+        if self.rank == 0:
+            self.bar.write(" ".join(f"{k} {v:.4g}" for k, v in line.items()))
+        if self.streak >= 3:
+            raise data.UserError(
+                f"{self.streak} steps in a row were not finite: {self.out / 'last.pt'} is from "
+                "before them; lower --lr")
+        if drawn >= min(len(self.clips), 1000) and unreadable > self.args.max_bad * (
+            drawn + unreadable):
+            raise data.UserError(
+                f"{int(unreadable)} of {int(drawn + unreadable)} clips could not be read, more "
+                f"than --max-bad {self.args.max_bad:g}: see {self.out / 'unreadable.txt'}, or run "
+                "python data.py check")
+        self.history = []
+        return bool(stopped)
+
+    def write(self, line):
+        """Appends a line to the log."""
+        if self.rank == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    sys.excepthook = data.one_sentence
+    args = parse()
+    config, window = configs(args)
+    world, rank, device, autocast, say, end = processes(args.device)
+    local, micro = shares(args, world)
 
     # -----------------------------------------------------------------------------------------
     # Data
@@ -351,16 +521,13 @@ if __name__ == "__main__":
             args.held_out_clips, window, args.seed + 1_000_000, config.modalities)
     steps_per_epoch = max(1, len(train) // args.batch)
     steps, warmup = args.epochs * steps_per_epoch, args.warmup * steps_per_epoch
-    cpus = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = args.workers if args.workers >= 0 else (max(1, cpus - 1) if args.data else 0)
-    load = functools.partial(
-        DataLoader, collate_fn=data.collate, num_workers=workers, pin_memory=device.type == "cuda")
+    load = loading(args, device)
     mine = [(0, i) for i in range(rank, len(held_out), world)]
     held_loader = load(
         held_out, batch_sampler=[mine[k : k + micro] for k in range(0, len(mine), micro)])
 
     # -----------------------------------------------------------------------------------------
-    # Model, and where we are
+    # Model
 
     if args.dry_run:
         with torch.device("meta"):
@@ -375,8 +542,8 @@ if __name__ == "__main__":
                 ).loss.backward()
         say(json.dumps(vars(args), indent=1))
         say(
-            f"encoder {model.encoder.plan}, decoder {model.decoder.plan}, objective {config.passes}"
-        )
+            f"encoder {model.encoder.plan}, decoder {model.decoder.plan}, "
+            f"objective {config.passes}")
         for m in config.modalities:
             say(f"{m}: {config.tokens(m)} tokens, {config.masked(m)} masked")
         say(f"{sum(p.numel() for p in model.parameters()):,} parameters")
@@ -387,15 +554,19 @@ if __name__ == "__main__":
             f"{args.batch} clips a step = {world} processes x {local // micro} passes x {micro}")
         end()
 
-    out = pathlib.Path(args.out)
-    last = out / "last.pt"
+    def constant():
+        """Errors of the best constant, of a few clips."""
+        few = data.Batches(len(train), min(64, len(train)), args.seed, 0, 8)
+        some = [[(0, i)] for i in range(min(256, len(held_out)))]
+        return constant_error(
+            model.cpu(), load(train, batch_sampler=few), load(held_out, batch_sampler=some))
+
     torch.manual_seed(args.seed)
     if args.picture and not args.evaluate:
         raise data.UserError("--picture needs a checkpoint to draw with: --evaluate FILE")
+    strategies = dict(encoder=args.encoder, decoder=args.decoder, objective=args.objective)
     if args.evaluate:
-        model = avmae.load(
-            args.evaluate, encoder=args.encoder, decoder=args.decoder, objective=args.objective
-        ).to(device)
+        model = avmae.load(args.evaluate, **strategies).to(device)
         if not isinstance(model, avmae.AVMAE):
             raise data.UserError(f"{args.evaluate} is no pretraining model: it draws nothing")
         if args.picture:
@@ -405,24 +576,25 @@ if __name__ == "__main__":
             name = pathlib.Path(args.picture).stem
             draw(model, data.to_device(data.collate([clip]), device), name)
             say(f"wrote {name}_*.png")
-            end()
-    else:
-        model = avmae.AVMAE(config).to(device)
+        else:
+            errors = evaluate(model, held_loader, device, autocast)
+            if rank == 0:
+                tell(errors, constant())
+        end()
+    model = avmae.AVMAE(config).to(device)
+
+    # -----------------------------------------------------------------------------------------
+    # Where we are
+
+    out, start = pathlib.Path(args.out), 0
+    last = out / "last.pt"
     optimizer = torch.optim.AdamW(
         decay_groups(model, args.weight_decay), betas=(0.9, 0.95), eps=1e-8, fused=True)
-    start = 0
-    if args.evaluate:
-        start = steps
-    elif last.exists():
-        saved = avmae.read(last)
-        same_settings(saved["settings"], vars(args))
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
+    if last.exists():
+        start = resume(last, model, optimizer, args, FREE)["step"]
         say(f"resuming {last} at step {start} of {steps}")
     elif args.init:
-        initial = avmae.load(
-            args.init, encoder=args.encoder, decoder=args.decoder, objective=args.objective)
+        initial = avmae.load(args.init, **strategies)
         for note in initial.notes:
             say(f"{args.init}: {note}")
         try:
@@ -431,42 +603,14 @@ if __name__ == "__main__":
             raise data.UserError(
                 f"{args.init} is another architecture: {str(error).splitlines()[1].strip()}"
             ) from None
-    if args.checkpoint_activations:
-        for block in model.modules():
-            if isinstance(block, avmae.Block):
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    net = torch.compile(model, fullgraph=True) if args.compile else model
-    if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(
-            net, device_ids=[device.index] if device.index is not None else None)
-
-    # -----------------------------------------------------------------------------------------
-    # Log, schedule and saving
-
-    log = out / "log.jsonl"
-    if rank == 0 and not args.evaluate:
-        out.mkdir(parents=True, exist_ok=True)
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
-        log.write_text("".join(kept))  # a killed run had logged on after its last save
-        say(json.dumps(vars(args)))
-    stop = []
-    for name in signal.SIGTERM, signal.SIGINT:
-        signal.signal(name, lambda number, _: stop.append(number))
-
-    def crossed(step, epochs):
-        """Whether a multiple of so many epochs lies in the log interval that ends at `step`."""
-        every = max(1, round(epochs * steps_per_epoch))
-        return epochs > 0 and (
-            step // every > max(0, step - args.log_every) // every or step == steps)
+    net = for_training(model, args, world, device)
+    progress = Progress(args, train, start, steps, steps_per_epoch, (world, rank, device))
 
     def held_out_errors(step):
         """Evaluates; writes the errors to the log, and pictures."""
         errors = evaluate(model, held_loader, device, autocast)
-        if rank == 0 and not args.evaluate:
-            line = {"step": step, "held_out": {k: e for k, (e, _) in errors.items()}}
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        progress.write({"step": step, "held_out": {k: e for k, (e, _) in errors.items()}})
+        if rank == 0:
             (out / "pictures").mkdir(exist_ok=True)
             some = [5 * i % len(held_out) for i in range(min(4, len(held_out)))]  # of four classes
             few = data.collate([held_out[0, i] for i in some])
@@ -477,28 +621,8 @@ if __name__ == "__main__":
     # -----------------------------------------------------------------------------------------
     # The loop
 
-    loader = iter(
-        load(
-            train,
-            batch_sampler=data.Batches(
-                len(train), args.batch, args.seed, start, steps, rank, world),
-        )
-    )
-    bar = tqdm(total=steps, initial=start, disable=None if rank == 0 else True)
-    history, named, drawn, unreadable, streak = [], set(), 0, 0, 0
-    waited, since = 0.0, time.monotonic()
-    for step in range(start, steps):
-        asked = time.monotonic()
-        batch = next(loader)
-        waited += time.monotonic() - asked
-        drawn, unreadable = drawn + local, unreadable + len(batch["bad"])
-        for name, reason in dict(batch["bad"]).items():
-            if name not in named:
-                named.add(name)
-                bar.write(f"unreadable, replaced: {name}: {reason}")
-                with open(out / "unreadable.txt", "a") as file:
-                    file.write(f"{name}: {reason}\n")
-
+    batches = data.Batches(len(train), args.batch, args.seed, start, steps, rank, world)
+    for step, batch in progress.batches(load(train, batch_sampler=batches)):
         inputs = data.to_device(batch, device)
         masks = masks_of(model, args, step, slice(rank * local, (rank + 1) * local))
         masks = [
@@ -506,111 +630,47 @@ if __name__ == "__main__":
         losses = 0
         for k in range(0, local, micro):
             rows = slice(k, k + micro)
-            wait = net.no_sync() if world > 1 and rows.stop < local else nullcontext()
-            with wait:
+            with net.no_sync() if world > 1 and rows.stop < local else nullcontext():
                 with autocast():
                     result = net(
                         {m: x[rows] for m, x in inputs.items()},
                         tuple({m: ids[rows] for m, ids in part.items()} for part in masks))
                 (result.loss * (micro / local)).backward()
-            losses = losses + torch.stack(list(result.losses.values())).detach() * (micro / local)
+            parts = torch.stack([result.loss, *result.losses.values()])
+            losses = losses + parts.detach() * (micro / local)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         # the fused step is not taken where this is 1, without a synchronisation
         optimizer.found_inf = (~norm.isfinite()).float()
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = learning_rate(step, args.lr * args.batch / 256, warmup, steps)
+        rate = learning_rate(step, args.lr * args.batch / 256, warmup, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        history.append((step, torch.cat([losses, norm[None]]), batch["index"]))
-        bar.update()
-        done = step + 1
-        if done % args.log_every and done < steps:
+        if not progress.due(torch.cat([losses, norm[None]]), batch["index"]):
             continue
 
-        values = torch.stack([v for _, v, _ in history]).double()
-        for (at, _, index), row in zip(history, values.tolist()):
-            streak = 0 if math.isfinite(row[-1]) else streak + 1
-            if streak:
-                wrong = [k for k, x in zip(result.losses, row) if not math.isfinite(x)]
-                wrong = wrong or ["gradient"]
-                bar.write(
-                    f"step {at} is not finite in {', '.join(wrong)} and was not applied; clips: "
-                    + ", ".join(train.name(i) for i in index.tolist()))
-        finite = values[values[:, -1].isfinite()]
-        mean = finite.mean(0) if len(finite) else values[0]
-        shared = torch.cat(
-            [mean[:-1], torch.tensor([bool(stop), waited, drawn, unreadable]).to(mean)])
-        if world > 1:
-            dist.all_reduce(shared)
-        *mean_losses, stopped, waited, all_drawn, all_unreadable = shared.tolist()
-        seconds = time.monotonic() - since
-        line = {
-            "step": done, "epoch": done / steps_per_epoch, "loss": 0.5 * sum(mean_losses) / world}
-        line |= {f"loss_{k}": x / world for k, x in zip(result.losses, mean_losses)}
-        line |= {
-            "lr": optimizer.param_groups[0]["lr"],
-            "grad_norm": mean[-1].item(),
-            "clips_per_s": len(history) * args.batch / seconds,
-            "waiting": waited / world / seconds,
-            "memory_gb": (
-                torch.cuda.max_memory_allocated()
-                if device.type == "cuda"
-                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-            / 1e9,
-            "seconds_left": seconds / len(history) * (steps - done),
-            "unreadable": int(all_unreadable),
-        }
-        if rank == 0:
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            bar.write(" ".join(f"{k} {v:.4g}" for k, v in line.items()))
-        if streak >= 3:
-            raise data.UserError(
-                f"{streak} steps in a row were not finite: {last} is from before them; lower --lr"
-            )
-        if all_drawn >= min(len(train), 1000) and all_unreadable > args.max_bad * (
-            all_drawn + all_unreadable):
-            raise data.UserError(
-                f"{int(all_unreadable)} of {int(all_drawn + all_unreadable)} clips could not be "
-                f"read, more than --max-bad {args.max_bad:g}: see {out / 'unreadable.txt'}, or run "
-                "python data.py check"
-            )
-        if stopped or crossed(done, args.save_every) or crossed(done, args.keep_every):
-            if rank == 0:
-                state = dict(optimizer=optimizer.state_dict(), step=done, settings=vars(args))
-                avmae.save(model, last, **state)
-                if crossed(done, args.keep_every):
-                    avmae.save(model, out / f"epoch_{done / steps_per_epoch:g}.pt", **state)
+        stopped = progress.report(["loss", *(f"loss_{k}" for k in result.losses)], rate)
+        keep = progress.crossed(args.keep_every)
+        if rank == 0 and (stopped or keep or progress.crossed(args.save_every)):
+            state = dict(
+                optimizer=optimizer.state_dict(), step=progress.done, settings=vars(args))
+            avmae.save(model, last, **state)
+            if keep:
+                avmae.save(model, out / f"epoch_{progress.done / steps_per_epoch:g}.pt", **state)
         if stopped:
-            say(f"stopped at step {done} of {steps}; the same command continues")
-            end(0 if done == steps else 1)
-        if crossed(done, args.eval_every) and done < steps:
-            errors = held_out_errors(done)
-            bar.write(
-                f"held out at step {done}: "
-                + ", ".join(f"{k} {e:.4f}" for k, (e, _) in errors.items()))
-        history, waited, since = [], 0.0, time.monotonic()
-    bar.close()
+            say(f"stopped at step {progress.done} of {steps}; the same command continues")
+            end(0 if progress.done == steps else 1)
+        if progress.crossed(args.eval_every) and progress.done < steps:
+            errors = held_out_errors(progress.done)
+            said = ", ".join(f"{k} {e:.4f}" for k, (e, _) in errors.items())
+            progress.bar.write(f"held out at step {progress.done}: {said}")
 
     # -----------------------------------------------------------------------------------------
     # What it has learned
 
     errors = held_out_errors(steps)
     if rank == 0:
-        few = load(
-            train, batch_sampler=data.Batches(len(train), min(64, len(train)), args.seed, 0, 8))
-        constant = constant_error(
-            model.cpu(), few,
-            load(held_out, batch_sampler=[[(0, i)] for i in range(min(256, len(held_out)))]))
-        print("held-out error, its share of the best constant prediction's, and how much lower it")
-        print("is than with another clip's other modality:")
-        report = {}
-        for key, (error, swapped) in errors.items():
-            share, gain = error / constant[key.split("_")[0]], 1 - error / swapped
-            report[key] = {"error": error, "of_constant": share, "lower_than_swapped": gain}
-            print(f"  {key:18s} {error:.4f}   {share:.3f} of constant   {gain:7.2%}")
-        if not args.evaluate:
-            results = {"held_out": report, "clips": len(held_out), "settings": vars(args)}
-            (out / "results.json").write_text(json.dumps(results, indent=1))
-            print(f"checkpoint {last}, log {log}, pictures {out / 'pictures'}")
+        results = {"held_out": tell(errors, constant()), "clips": len(held_out)}
+        (out / "results.json").write_text(json.dumps(results | {"settings": vars(args)}, indent=1))
+        print(f"checkpoint {last}, log {out / 'log.jsonl'}, pictures {out / 'pictures'}")
     end()
