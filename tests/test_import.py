@@ -133,6 +133,25 @@ def test_a_single_encoder_must_be_named(pretrained):
     assert avmae.from_official(params, encoder="early")["config"]["encoder"] == "early"
 
 
+def test_a_decoder_of_separate_stacks_is_told(pretrained):
+    params = official(pretrained)
+    stacks = {
+        k.replace("Decoder/", f"Decoder_{m}/"): v
+        for m in ("rgb", "spectrogram")
+        for k, v in params.items()}
+    models = {}
+    for name, given in ("shared", params), ("separate", stacks):
+        checkpoint = avmae.from_official({k: torch.tensor(v) for k, v in given.items()})
+        assert checkpoint["config"]["decoder"] == name
+        models[name] = avmae.build(avmae.configure(checkpoint["config"]))
+        models[name].load_state_dict(checkpoint["model"])
+    inputs = parity.inputs_of(pretrained, torch.float32)
+    counts = {m: models["shared"].embed[m].patchify(x).shape[1] for m, x in inputs.items()}
+    masks = avmae.draw_masks(counts, {m: n // 2 for m, n in counts.items()}, len(inputs["audio"]))
+    torch.testing.assert_close(
+        models["separate"](inputs, masks).predictions, models["shared"](inputs, masks).predictions)
+
+
 def test_an_unused_bottleneck_is_dropped_and_said(finetuned):
     params = {k: torch.tensor(v) for k, v in official(finetuned).items() if "spec" not in k}
     checkpoint = avmae.from_official(params)
