@@ -391,11 +391,16 @@ class Progress:
             signal.signal(name, lambda number, _: self.stop.append(number))
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            log = self.out / "log.jsonl"
-            lines = log.read_text().splitlines() if log.exists() else []
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
-            log.write_text("".join(kept))  # a killed run had logged on after its last save
+            self._trim(self.out / "log.jsonl")
             print(json.dumps(vars(args)))
+
+    def _trim(self, log):
+        """A killed run had logged on after its last save, perhaps half a line."""
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= self.start]
+        partial = log.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, log)
 
     def batches(self, loader):
         """(step, batch) to the end; each clip that could not be read is named once."""

@@ -70,7 +70,9 @@ def run(script, *args, processes=1, cwd=ROOT, fails=False):
 def losses(folder):
     lines = [
         json.loads(line) for line in (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    found = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert len(found) == sum("loss" in line for line in lines)  # no step stands there twice
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,8 @@ def test_a_stopped_run_continues_with_the_same_losses(tmp_path, whole, number, w
     assert interrupt(slow, out, number, worker=worker) != 0
     stopped_at = avmae.read(out / "last.pt")["step"]
     assert 0 < stopped_at < 20
+    with open(out / "log.jsonl", "a") as log:  # as a run does that was killed before it saved
+        log.write(json.dumps({"step": 20, "loss": 0.0}) + '\n{"step": 2')
     run("train_pretrain", *slow, "--out", out)
     assert losses(out) == losses(whole[0])
 
