@@ -557,13 +557,9 @@ class MBT(nn.Module):
 def draw_keep(rate, layers, modalities, batch, generator=None):
     """Stochastic depth: block i of L is dropped with probability rate * i / (L - 1), per clip,
     branch and modality. -> {m: (L, 2, B, 1, 1)} of 0 and 1; kept branches are not rescaled."""
-    drop = rate * torch.arange(layers) / max(layers - 1, 1)
-    return {
-        m: (
-            torch.rand(layers, 2, batch, 1, 1, generator=generator) >= drop.view(-1, 1, 1, 1, 1)
-        ).float()
-        for m in modalities
-    }
+    drop = (rate * torch.arange(layers) / max(layers - 1, 1)).view(-1, 1, 1, 1, 1)
+    chance = {m: torch.rand(layers, 2, batch, 1, 1, generator=generator) for m in modalities}
+    return {m: (x >= drop).float() for m, x in chance.items()}
 
 
 class Classifier(nn.Module):
@@ -720,8 +716,7 @@ def load(path, **assume):
     if missing or unexpected:
         raise ValueError(
             f"{path} does not fit its own settings: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}"
-        )
+            f"unexpected {unexpected[:3]}")
     model.notes = checkpoint.get("notes", [])
     return model.eval()
 

@@ -637,9 +637,7 @@ def _audioset(rows, file):
         [
             (r[0], float(r[1]), float(r[2]), [names[mid][0] for mid in r[3].split(",")], None)
             for r in rows],
-        classes,
-        "many",
-    )
+        classes, "many")
 
 
 def _epic(rows, file):
@@ -656,8 +654,7 @@ def _epic(rows, file):
             r[at["video_id"]], _seconds(r[at["start_timestamp"]]),
             _seconds(r[at["stop_timestamp"]]), [int(r[at["verb_class"]]), int(r[at["noun_class"]])],
             None)
-        for r in rows[1:]
-    ]
+        for r in rows[1:]]
     wrong = [r for r in found if not (0 <= r[3][0] < 97 and 0 <= r[3][1] < 300)]
     if wrong:
         raise UserError(f"{file} has verb or noun classes beyond 97 and 300: {wrong[0][3]}")
@@ -690,8 +687,7 @@ def _plain(rows, file):
         (
             r[0], float(r[1]) if timed else math.nan, float(r[2]) if timed else math.nan,
             [number[c] for c in names], r[split] if split else None)
-        for r, names in zip(rows, labels)
-    ]
+        for r, names in zip(rows, labels)]
     return found, classes, "many" if any(len(r[3]) > 1 for r in found) else "single"
 
 
@@ -911,9 +907,7 @@ def sound(scene, seconds):
     """The waveform (S,) float32 at 16 kHz: height is pitch, each bounce a hit."""
     count = round(seconds * SAMPLE_RATE)
     rng = np.random.default_rng(scene.noise)
-    times = np.arange(count // HOP + 2) * (
-        HOP / SAMPLE_RATE
-    )  # pitch changes slowly: 100 points a second
+    times = np.arange(count // HOP + 2) * (HOP / SAMPLE_RATE)  # 100 points/s: pitch changes slowly
     low, high = (2595 * math.log10(1 + f / 700) for f in (180, 1600))
     mel = low + (high - low) * (1 - scene.position(times)[:, 1])
     pitch = np.interp(np.arange(count), times * SAMPLE_RATE, 700 * (10 ** (mel / 2595) - 1))
@@ -923,9 +917,8 @@ def sound(scene, seconds):
         if loud:
             wave += 0.15 * scene.loudness * loud * np.sin(k * phase)
     hit = rng.standard_normal(SAMPLE_RATE // 10, dtype=np.float32)
-    hit *= (
-        0.5 * scene.loudness * np.exp(-np.arange(len(hit)) / (0.02 * SAMPLE_RATE), dtype=np.float32)
-    )
+    decay = np.exp(-np.arange(len(hit)) / (0.02 * SAMPLE_RATE), dtype=np.float32)
+    hit *= 0.5 * scene.loudness * decay
     for start in (scene.bounces(seconds) * SAMPLE_RATE).astype(int):
         wave[start : start + len(hit)] += hit[: count - start]
     return wave
@@ -1009,8 +1002,7 @@ def check(index, window, workers):
             tqdm.write(f"{verdict}: {index.name(i)}: {reason}")
     print(
         f"{len(index)} clips: {verdicts['']} fine, {verdicts['warning']} used with a warning, "
-        f"{verdicts['bad']} bad"
-    )
+        f"{verdicts['bad']} bad")
     return verdicts["bad"]
 
 

@@ -175,10 +175,8 @@ def layer_scales(model, decay):
             scales.update(dict.fromkeys(block.parameters(), decay ** (layers - i)))
         if isinstance(model.trunk, avmae.Fusion):
             for stack in model.trunk.stacks(m)[:-1]:
-                scales.update(
-                    dict.fromkeys(
-                        stack.norm.parameters(), scales[next(stack.blocks[-1].parameters())])
-                )
+                block = scales[next(stack.blocks[-1].parameters())]
+                scales.update(dict.fromkeys(stack.norm.parameters(), block))
     return scales
 
 
@@ -240,9 +238,8 @@ def average_precision(scores, positive):
     """Area under precision over recall, (N,) and (N,) bool; equal scores are one threshold."""
     scores, order = scores.sort(descending=True)
     hits = positive[order].double().cumsum(0)
-    last = torch.cat(
-        [scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)]
-    )  # of each threshold
+    # of each threshold
+    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])
     precision, recall = (hits / torch.arange(1, len(hits) + 1))[last], (hits / hits[-1])[last]
     return (recall.diff(prepend=recall.new_zeros(1)) * precision).sum().item()
 
@@ -363,12 +360,11 @@ def embed(model, clips, load, path, device, autocast, turn):
 
 def names_and_scores(logits, task, classes, names, top=5):
     """The labels of one clip, best first: [(name, score)] of each head; for ave, of each second."""
-    scores = logits.sigmoid() if task == "many" else None
-    # (C_h,) of each head, or (10, C)
-    heads = logits.split(classes, -1) if logits.ndim == 1 else logits
+    heads = logits.split(classes, -1) if logits.ndim == 1 else logits  # (C_h,) each, or (10, C)
     tops = []
     for head, labels in zip(heads, names if task == "epic" else [names] * len(heads)):
-        best = (head.softmax(-1) if scores is None else scores).topk(min(top, head.shape[-1]))
+        scores = head.sigmoid() if task == "many" else head.softmax(-1)
+        best = scores.topk(min(top, len(scores)))
         tops.append([(labels[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist())])
     return tops
 
@@ -436,8 +432,7 @@ if __name__ == "__main__":
             end()
         if not isinstance(model, avmae.Classifier):
             raise data.UserError(
-                f"{args.eval} is a pretrained model, which knows no labels: finetune it with --init"
-            )
+                f"{args.eval} is a pretrained model and knows no labels: finetune it with --init")
         if args.classes:
             names = tuple(pathlib.Path(args.classes).read_text().splitlines())
         elif not saved.get("names"):
@@ -447,8 +442,7 @@ if __name__ == "__main__":
         if sum(model.config.classes) != sum(classes) and not args.predict:
             raise data.UserError(
                 f"{args.eval} tells {sum(model.config.classes)} classes apart, these clips have "
-                f"{sum(classes)}"
-            )
+                f"{sum(classes)}")
         classes = model.config.classes
     else:
         sources = []  # (the streams that a checkpoint is for, its path, its model)

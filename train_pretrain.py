@@ -238,9 +238,8 @@ def constant_error(model, train, held_out):
 def draw(model, inputs, path):
     """Writes PATH_KEY.png for each reconstruction: original, what is visible, reconstruction."""
     model.eval()
-    out = model(
-        inputs, model.draw_masks(len(next(iter(inputs.values()))), torch.Generator().manual_seed(0))
-    )
+    count = len(next(iter(inputs.values())))
+    out = model(inputs, model.draw_masks(count, torch.Generator().manual_seed(0)))
     for key, prediction in out.predictions.items():
         m = key.split("_")[0]
         embed, shape = model.embed[m], inputs[m].shape[1:4] if m == "video" else inputs[m].shape[1:]

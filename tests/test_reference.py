@@ -301,9 +301,8 @@ def test_full_sizes(name, count):
         config = avmae.ClassifierConfig(
             size=avmae.SIZES[size_name(size)][0], modalities=modalities, shape=shapes,
             classes=(309 if dataset == "vggsound" else 527,))
-        extra = (
-            0 if len(modalities) == 2 else 4 * config.size.width
-        )  # an official bottleneck that is never used
+        # an official bottleneck that is never used
+        extra = 0 if len(modalities) == 2 else 4 * config.size.width
     with torch.device("meta"):
         assert sum(p.numel() for p in avmae.build(config).parameters()) + extra == count["total"]
     for theirs, tokens in count.get("tokens", {}).items():

@@ -554,10 +554,8 @@ def test_features_of_a_folder(tmp_path, whole, folder):
         len(once["names"]) == 6
         and once["video"].shape == once["audio"].shape == (6, 96)
         and not parts.exists())
-    parts.mkdir()
-    np.savez(
-        parts / "0.npz", names=["kept"], video=np.ones((1, 96)), audio=np.ones((1, 96))
-    )  # of a run that was stopped
+    parts.mkdir()  # of a run that was stopped
+    np.savez(parts / "0.npz", names=["kept"], video=np.ones((1, 96)), audio=np.ones((1, 96)))
     run("train_finetune", *args)
     assert np.load(tmp_path / "features.npz")["names"].tolist() == ["kept"]
     parts.mkdir()
@@ -609,9 +607,8 @@ def test_dry_run_allocates_and_writes_nothing(tmp_path, args):
     if "vggsound" in args:
         assert "595,849,984 parameters" in said and "1568 tokens, 1411 masked" in said
         gflop = float(said.split(" GFLOP")[0].split()[-1])
-        assert gflop == pytest.approx(
-            904, rel=0.12
-        )  # attention's recomputation is not counted here
+        # attention's recomputation is not counted here
+        assert gflop == pytest.approx(904, rel=0.12)
     assert not (tmp_path / "out").exists()
 
 
