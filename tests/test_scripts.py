@@ -293,8 +293,10 @@ def folder(tmp_path_factory):
 def test_pretraining_on_files(tmp_path, folder):
     common = [
         *FILES, "--data", folder / "train", "--val", folder / "test", "--out", tmp_path / "out"]
-    ran = run("train_pretrain", *common, "--max-bad", "0.5")
+    ran = run("train_pretrain", *common, "--max-bad", "0.5", "--epochs", "4")
     assert ran.stdout.count("unreadable, replaced: cat/broken.mp4: cannot be opened") == 1
+    lines = [*map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())]
+    assert max(line.get("unreadable", 0) for line in lines) > 1  # named once all the same
     assert (
         (tmp_path / "out" / "unreadable.txt")
         .read_text()
@@ -337,18 +339,23 @@ def test_finetuning_on_files_and_what_can_be_done_with_the_model(tmp_path, folde
         assert words in said and "picture alone" in said and "cat" in said
 
 
-def test_a_step_that_a_clip_breaks_is_named_and_not_applied(tmp_path):
+@pytest.mark.parametrize("script", ["train_pretrain", "train_finetune"])
+def test_a_step_that_a_clip_breaks_is_named_and_not_applied(tmp_path, script):
+    clips = tmp_path / "clips"
     for i in range(3):
-        media.write(tmp_path / "clips" / f"good{i}.mp4", seconds=2.0)
-    for where in "clips", "val":  # finite in the file, not in the spectrogram
+        media.write(clips / "train" / "a" / f"good{i}.mp4", seconds=2.0)
+    for part in "train", "test":  # finite in the file, not in the spectrogram
         media.write(
-            tmp_path / where / "loud.mkv", seconds=2.0, audio_codec="pcm_f32le", layout="mono",
-            rate=16_000, loudness=3e38 if where == "clips" else 0.8,
-            clicks=np.arange(20) / 10)
-    flags = [*FILES, "--batch", "1", "--epochs", "3", "--data", tmp_path / "clips"]
-    ran = run("train_pretrain", *flags, "--val", tmp_path / "val", "--out", tmp_path / "out")
+            clips / part / "b" / "loud.mkv", seconds=2.0, audio_codec="pcm_f32le", layout="mono",
+            rate=16_000, loudness=3e38 if part == "train" else 0.8, clicks=np.arange(20) / 10)
+    flags = [*FILES, "--batch", "1", "--epochs", "3", "--out", tmp_path / "out"]
+    if script == "train_pretrain":
+        ran = run(script, *flags, "--data", clips / "train", "--val", clips / "test")
+    else:
+        ran = run(script, *flags, "--data", clips)
     lines = [line for line in ran.stdout.splitlines() if "is not finite" in line]
-    assert len(lines) == 3 and all("audio" in x and "loud.mkv" in x for x in lines)
+    named = "loss_audio" if script == "train_pretrain" else "loss"
+    assert len(lines) == 3 and all(named in x and "loud.mkv" in x for x in lines)
     weights = avmae.read(tmp_path / "out" / "last.pt")["model"].values()
     assert all(p.isfinite().all() for p in weights)
     assert sum(np.isfinite(x) for x in losses(tmp_path / "out").values()) == 9
@@ -387,6 +394,17 @@ def test_finetuning_from_a_pretrained_model(tmp_path, whole, args):
     changed = not model.trunk.path(m)[0].attn.qkv.weight.equal(
         before.encoder.path(m)[0].attn.qkv.weight)
     assert changed == ("probe" not in args)
+
+
+def test_layers_learn_at_their_own_rates(tmp_path, whole):
+    pretrained = avmae.load(whole[0] / "last.pt")
+    flags = ["--init", whole[0] / "last.pt", "--layer-decay", "0", "--out", tmp_path]
+    run("train_finetune", *FINE, *flags)
+    model = avmae.load(tmp_path / "last.pt")
+    for m in avmae.MODALITIES:  # of all blocks it is 0 times that of the head
+        for ours, theirs in zip(model.trunk.path(m), pretrained.encoder.path(m), strict=True):
+            assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    assert model.head.weight.any()
 
 
 def test_a_stopped_finetuning_continues_with_the_same_losses(tmp_path):
