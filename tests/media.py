@@ -13,13 +13,13 @@ FINE = 200  # of the lower half, which starts again each second
 def write(
     path, seconds=4.0, fps=25, rate=44_100, layout="stereo", size=(64, 48), start=0.0,
     audio_start=0.0, audio_seconds=None, times=None, clicks=(1.0, 2.5), video=True, audio=True,
-    codec="libx264", audio_codec="aac", picture=None, crf=10,
-    loudness=0.8):
+    codec="libx264", audio_codec="aac", picture=None, crf=10, loudness=0.8, gap=0.0):
     """Frames whose upper half is as bright as the time is late, and whose lower half starts again
     each second: see `times_of`. A click of 4 ms is heard at each of `clicks` (s).
 
     picture: time -> (H, W, 3) uint8, instead of that. start shifts both streams, audio_start the
-    sound alone; times (s) makes the frame rate variable; crf is the codec's quality.
+    sound alone; times (s) makes the frame rate variable; crf is the codec's quality; gap (s) is
+    without sound, after its first second.
     """
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -61,7 +61,7 @@ def write(
                 frame = av.AudioFrame.from_ndarray(
                     np.ascontiguousarray(block), format=frame_format, layout=layout)
                 frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
-                frame.pts = k + round((start + audio_start) * rate)
+                frame.pts = k + round((start + audio_start + gap * (k >= rate)) * rate)
                 container.mux(sound.encode(frame))
             container.mux(sound.encode(None))
     return path

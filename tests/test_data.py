@@ -90,6 +90,25 @@ def test_the_samples_of_a_time(tmp_path, settings):
     assert len(sound_of(path, 2.2, 3.2)) == 16_000
 
 
+def test_samples_after_a_seek_are_those_of_the_whole(tmp_path):
+    path = media.write(tmp_path / "a.mp4", rate=16_000, clicks=np.arange(1000) / 250)  # a tone
+    whole = sound_of(path, 0.0, 4.0)
+    for start in 0.777, 1.0, 1.51, 2.49:  # AAC's first samples need those before
+        part = sound_of(path, start, start + 0.2)
+        assert np.abs(part - whole[round(start * 16_000) :][:3200]).max() < 1e-3
+
+
+def test_sound_that_ends_early_repeats_and_a_gap_is_bad(tmp_path):
+    clicks = np.arange(30) / 10
+    path = media.write(tmp_path / "a.mp4", audio_seconds=1.5, clicks=clicks)
+    with data.Media(path) as m:
+        sound = data.read_audio(m, 0.0, 0.0, 4.0, 4.0)
+    assert len(sound) == 64_000 and np.abs(sound.reshape(-1, 3200)).max(1).min() > 0.25
+    path = media.write(tmp_path / "b.mkv", gap=0.6, clicks=clicks, audio_codec="pcm_s16le")
+    with pytest.raises(data.ClipError, match="a gap in the sound at 1.6"):
+        sound_of(path, 0.0, 3.0)
+
+
 def test_sound_that_starts_late_is_missing_before(tmp_path):
     path = media.write(
         tmp_path / "a.mkv", audio_start=0.5, audio_seconds=3.0, audio_codec="pcm_s16le")
@@ -145,6 +164,8 @@ def test_segments_are_cut(tmp_path):
         assert shown.min() > 2.9 and shown.max() < 5.05
     with data.Media(index.path(0)) as m:
         assert data.segment_of(m, 3.0, 5.0) == (3.0, 5.0)
+        start, end = data.segment_of(m, 6.0, 9.0)
+        assert start == 6.0 and abs(end - 8.0) < 0.1
         assert data.segment_of(m, 30.0, 40.0)[0] == 0.0  # of about this length: already cut
         with pytest.raises(data.ClipError, match="starts at 20.00 s"):
             data.segment_of(m, 20.0, 24.0)
@@ -253,6 +274,17 @@ def test_a_file_that_takes_too_long_is_bad(tmp_path, good, monkeypatch):
     monkeypatch.setattr(data, "TIME_LIMIT", -1.0)
     with pytest.raises(data.ClipError, match="takes longer|cannot be opened"):
         Clips(data.find_clips(tmp_path), SMALL).read(0, None)
+
+
+def test_a_picture_that_the_decoder_had_to_guess_is_bad(tmp_path, good):
+    rng, said = np.random.default_rng(0), set()
+    for _ in range(60):
+        damaged = bytearray(good)
+        for at in rng.integers(len(good) // 10, len(good) * 9 // 10, 3):
+            damaged[at] ^= 1 << rng.integers(8)
+        (tmp_path / "a.mp4").write_bytes(damaged)
+        said.update(reason for _, reason in Clips(data.find_clips(tmp_path), SMALL)[0, 0]["bad"])
+    assert "a damaged picture" in said
 
 
 def test_a_picture_that_ends_early_is_bad_where_it_is_missing(tmp_path):

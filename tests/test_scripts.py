@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import pathlib
+import re
+import runpy
 import shutil
 import signal
 import socket
@@ -75,6 +77,12 @@ def losses(folder):
     return found
 
 
+def logged(folder, what):
+    """A figure of all steps in the log."""
+    lines = map(json.loads, (pathlib.Path(folder) / "log.jsonl").read_text().splitlines())
+    return [line[what] for line in lines if what in line]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A short run that nothing interrupts."""
@@ -99,6 +107,8 @@ def test_a_run_leaves_what_it_says(whole):
     checkpoint = avmae.read(out / "last.pt")
     assert checkpoint["step"] == 20 and any(k.startswith("decoder") for k in checkpoint["model"])
     assert "of constant" in said and isinstance(avmae.load(out / "last.pt"), avmae.AVMAE)
+    rates = [train_pretrain.learning_rate(i, 2.4e-2 * 8 / 256, 2.5, 20) for i in range(20)]
+    assert logged(out, "lr") == pytest.approx(rates)
     assert not list(out.glob("*.partial"))
 
 
@@ -295,8 +305,7 @@ def test_pretraining_on_files(tmp_path, folder):
         *FILES, "--data", folder / "train", "--val", folder / "test", "--out", tmp_path / "out"]
     ran = run("train_pretrain", *common, "--max-bad", "0.5", "--epochs", "4")
     assert ran.stdout.count("unreadable, replaced: cat/broken.mp4: cannot be opened") == 1
-    lines = [*map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())]
-    assert max(line.get("unreadable", 0) for line in lines) > 1  # named once all the same
+    assert max(logged(tmp_path / "out", "unreadable")) > 1  # named once all the same
     assert (
         (tmp_path / "out" / "unreadable.txt")
         .read_text()
@@ -339,6 +348,14 @@ def test_finetuning_on_files_and_what_can_be_done_with_the_model(tmp_path, folde
         assert words in said and "picture alone" in said and "cat" in said
 
 
+def test_held_out_clips_are_not_trained_on(tmp_path, folder):
+    said = run(
+        "train_pretrain", *FILES, "--data", folder, "--out", tmp_path, "--dry-run").stdout
+    clips = data.find_clips(folder)
+    held = int(data.held_out(clips).sum())
+    assert held and f"{len(clips) - held} training clips, {held} held out" in said
+
+
 @pytest.mark.parametrize("script", ["train_pretrain", "train_finetune"])
 def test_a_step_that_a_clip_breaks_is_named_and_not_applied(tmp_path, script):
     clips = tmp_path / "clips"
@@ -369,6 +386,11 @@ def test_pretraining_on_hardly_any_clips(tmp_path, count):
     assert len(losses(tmp_path / "out")) == 2  # an epoch is a step, where a batch is larger
 
 
+def test_checkpoints_to_keep(tmp_path):
+    run("train_pretrain", *TINY, "--epochs", "2", "--keep-every", "1", "--out", tmp_path)
+    assert [avmae.read(tmp_path / f"epoch_{k}.pt")["step"] for k in (1, 2)] == [5, 10]
+
+
 # --------------------------------------------------------------------------------------- finetuning
 
 FINE = [
@@ -394,6 +416,30 @@ def test_finetuning_from_a_pretrained_model(tmp_path, whole, args):
     changed = not model.trunk.path(m)[0].attn.qkv.weight.equal(
         before.encoder.path(m)[0].attn.qkv.weight)
     assert changed == ("probe" not in args)
+
+
+def test_finetuning_keeps_to_its_recipe(tmp_path, monkeypatch, capsys):
+    """Learning rate, norm of the gradient, stochastic depth; and the best model is kept."""
+    generators, draw = [], avmae.draw_keep
+    monkeypatch.setattr(
+        avmae, "draw_keep", lambda *args: generators.append(args[-1].initial_seed()) or draw(*args))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    flags = [*FINE, "--drop-path", "0.5", "--eval-every", "1", "--lr", "0.4", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", ["train_finetune.py", *flags, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train_finetune.py"), run_name="__main__")
+    assert not end.value.code and len(generators) == len(set(generators)) == 12
+    tops = [float(x) for x in re.findall(r"^top-1 ([\d.]+)", capsys.readouterr().out, re.M)]
+    best = avmae.read(tmp_path / "best.pt")["metrics"]["top-1"]
+    assert len(tops) == 3 and best == pytest.approx(max(tops), abs=1e-4)  # here not the last
+    peak, warmup = 0.4 * 4 / 16, train_finetune.parse([]).warmup * 4
+    rates = [train_pretrain.learning_rate(i, peak, warmup, 12) for i in range(12)]
+    assert logged(tmp_path, "lr") == pytest.approx(rates)
+    monkeypatch.undo()
+    short = [*FINE, "--clip-grad", "1e-6", "--lr", "1", "--out", tmp_path / "clipped"]
+    run("train_finetune", *short)
+    assert 0 < avmae.load(tmp_path / "clipped" / "last.pt").head.weight.abs().max() < 1e-5
 
 
 def test_layers_learn_at_their_own_rates(tmp_path, whole):
