@@ -90,6 +90,29 @@ def test_the_samples_of_a_time(tmp_path, settings):
     assert len(sound_of(path, 2.2, 3.2)) == 16_000
 
 
+def test_sound_that_starts_first_is_in_step_with_the_picture(tmp_path):
+    path = media.write(tmp_path / "a.mkv", start=0.5, audio_start=-0.3)
+    assert np.abs(media.clicks_of(sound_of(path, 0.0, 3.0)) - [1.3, 2.8]).max() < 0.006
+    assert np.abs(frames_at(path, [1.32, 2.82]) - [1.0, 2.5]).max() < 0.03
+
+
+def test_an_index_that_leads_too_far(tmp_path):
+    path = media.write(tmp_path / "a.mp4")
+
+    class Late:
+        def __init__(self, container):
+            self.container, self.decode = container, container.decode
+
+        def seek(self, offset, stream, **how):
+            self.container.seek(offset + round(1.0 / stream.time_base), stream=stream, **how)
+
+    with data.Media(path, ("video",)) as m:
+        m.container = Late(m.container)  # 1.5 s lead to the keyframe at 2 s
+        shown = media.times_of(np.stack(list(m.frames(np.array([1.5]), data.resizing(32, 32)))))
+        m.container = m.container.container
+    assert abs(shown[0] - 1.48) < 0.03
+
+
 def test_samples_after_a_seek_are_those_of_the_whole(tmp_path):
     path = media.write(tmp_path / "a.mp4", rate=16_000, clicks=np.arange(1000) / 250)  # a tone
     whole = sound_of(path, 0.0, 4.0)
@@ -131,9 +154,11 @@ def test_sound_and_picture_of_a_training_clip_are_of_the_same_moment(tmp_path):
     media.write(tmp_path / "a.mp4", seconds=6.0, clicks=(2.0, 3.0, 4.0))
     clips = Clips(data.find_clips(tmp_path), SMALL, augment=Augment(flip=False), seed=3)
     starts = set()
-    for epoch in range(6):
+    for epoch in range(12):
         clip = clips[epoch, 0]
-        start = media.times_of(clip["video"])[0]
+        times = media.times_of(clip["video"])
+        assert (np.diff(times) > 0).all()  # a file that is long enough has no end in a window
+        start = times[0]
         loud = (clip["audio"].amax(1) > 0).nonzero().flatten() / 100
         onsets = [t.item() for t in loud if t - 0.05 not in loud]
         starts.add(round(float(start), 2))
@@ -220,6 +245,7 @@ def test_bad_files_are_named_and_replaced_by_the_next(tmp_path, good):
     assert (
         named["mute.mp4"] == "no audio track"
         and named["blind.mp4"] == "no picture"
+        and "cannot be opened" in named["list.mp4"]
         and named["pipe.mp4"] == "not a file")
 
 
@@ -340,9 +366,11 @@ def test_prepared_clips_show_the_same(tmp_path):
     ran = run("prepare", source, target, cwd=tmp_path)
     assert ran.returncode == 1 and "bad: bad.mp4" in ran.stdout and "1 of 2 clips" in ran.stdout, (
         ran.stderr)
+    path = target / "cat" / "a.mkv"
+    made = path.stat()
     again = run("prepare", source, target, cwd=tmp_path)
     assert "1 of 2 clips" in again.stdout
-    path = target / "cat" / "a.mkv"
+    assert path.stat().st_mtime_ns == made.st_mtime_ns  # what is there is not made again
     window = Window(frames=8, step=0.16, size=224, seconds=4.0)
     with data.Media(source / "cat" / "a.mp4") as raw, data.Media(path) as prepared:
         assert (prepared.video.height, prepared.video.width) == (256, 456)
@@ -355,6 +383,14 @@ def test_prepared_clips_show_the_same(tmp_path):
         old, new = (
             media.clicks_of(data.read_audio(m, 0.5, 0.0, 5.0, 4.0)) for m in (raw, prepared))
         assert np.abs(old - new).max() < 0.003
+
+
+def test_quality_of_prepared_clips(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    media.write(tmp_path / "a.mp4", seconds=1.0, picture=lambda t: noise)
+    index = data.find_clips(tmp_path)
+    fine, coarse = (data.prepare_one(0, index, tmp_path / f"{q}", q)[0] for q in (3, 31))
+    assert coarse < 0.5 * fine
 
 
 def test_prepare_applies_segments_and_annotations_still_fit(tmp_path):
@@ -524,8 +560,9 @@ def test_held_out_and_fraction(tmp_path):
 @pytest.mark.parametrize("count, batch", [(10, 4), (3, 8), (1, 4), (64, 64)])
 def test_every_epoch_has_each_clip_once(count, batch):
     keys = sum(Batches(count, batch, 5, 0, 3 * count), [])
-    for epoch in range(2):
-        assert sorted(i for e, i in keys if e == epoch) == list(range(count))
+    first, second = ([i for e, i in keys if e == epoch] for epoch in range(2))
+    assert sorted(first) == sorted(second) == list(range(count))
+    assert first != second or count < 10
     assert [e for e, _ in keys] == sorted(e for e, _ in keys)
 
 
@@ -554,6 +591,27 @@ def test_log_mel():
     assert abs(onset - 100) <= 1
     louder = data.log_mel(2 * wave)[150, peak] - mel[150, peak]
     assert louder.item() == pytest.approx(np.log(2), abs=1e-3)  # magnitudes, not powers
+
+
+def test_crops_and_flips_of_training_and_evaluation(tmp_path):
+    y, x = np.mgrid[:64, :96]
+    ramp = (20 + 100 * y / 64 + 100 * x / 96)[..., None].repeat(3, 2).astype(np.uint8)
+    media.write(tmp_path / "a.mp4", seconds=1.0, size=(96, 64), picture=lambda t: ramp)
+    index = data.find_clips(tmp_path)
+    y, x = np.mgrid[:32, :32].reshape(2, -1)
+
+    def plane(clip):  # level, slope down and slope to the right
+        grey = clip["video"][0].float().mean(-1).flatten().numpy()
+        return np.linalg.lstsq(np.stack([np.ones_like(x), y, x], 1), grey, rcond=None)[0]
+
+    still = plane(Clips(index, SMALL)[0, 0])  # the short side is 32
+    assert np.abs(still - [20 + 100 / 6, 100 / 32, 100 / 48]).max() < 2
+    assert abs(still[1] - 100 / 32) < 0.1
+    level, down, right = np.array(
+        [plane(Clips(index, SMALL, augment=Augment())[epoch, 0]) for epoch in range(24)]).T
+    assert np.abs(down - 100 / 36).max() < 0.1  # 32 of 36, as 224 of 256
+    assert np.abs(np.abs(right) - 100 / 54).max() < 0.1 and 4 < (right < 0).sum() < 20
+    assert level[right > 0].std() > 5
 
 
 def test_augmentation_is_the_same_for_all_frames_and_repeats(tmp_path):
@@ -586,11 +644,13 @@ def test_crop_reaches_every_corner():
 
 
 def test_spec_augment():
-    mel, rng = torch.rand(100, 32) + 1, np.random.default_rng(0)
+    mel, rng, first = torch.rand(100, 32) + 1, np.random.default_rng(0), set()
     for _ in range(50):
         masked = data.spec_augment(mel, Augment(frequency_masks=(2, 8), time_masks=(1, 20)), rng)
         assert (masked == 0).all(0).sum() <= 16 and (masked == 0).all(1).sum() <= 20
         assert ((masked == mel) | (masked == 0)).all()
+        first.add((masked == 0).all(1).float().argmax().item())
+    assert len(first) > 20
     shifted = data.spec_augment(mel, Augment(time_shift=True), rng)
     assert shifted.sort(0).values.equal(mel.sort(0).values) and not shifted.equal(mel)
 
