@@ -123,6 +123,14 @@ def test_what_cannot_be_told_is_assumed_and_said(finetuned):
     assert (
         checkpoint["config"]["norm"]["audio"] == [1.102, 2.762]
         and "2.762" in checkpoint["notes"][1])
+    for i in range(24):  # as deep as the released ones
+        params |= {
+            k.replace("encoderblock_0", f"encoderblock_{i}"): v
+            for k, v in params.items()
+            if "encoderblock_0" in k}
+    assert avmae.from_official(params)["config"]["fusion_layer"] == 18
+    params[f"{head}/kernel"], params[f"{head}/bias"] = torch.zeros(48, 309), torch.zeros(309)
+    assert avmae.from_official(params)["config"]["fusion_layer"] == 16
 
 
 def test_a_single_encoder_must_be_named(pretrained):

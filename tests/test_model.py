@@ -1,5 +1,6 @@
 """Properties of the models: who sees what, what is shared, what is counted."""
 
+import copy
 import itertools
 import math
 import subprocess
@@ -404,8 +405,10 @@ def test_initialisation():
         (dict(decoder="late"), "early, separate, shared, mid"),
         (dict(objective="both"), "joint, video_from_audio"),
         (dict(modalities=("smell",)), "video, audio"),
-        (
-            dict(objective="audio_from_video", encoder="early", mask={"video": 0.5, "audio": 0.5}),
+        (  # as many visible video tokens as audio has in all
+            dict(
+                objective="audio_from_video", encoder="early",
+                mask={"video": 0.625, "audio": 0.5}),
             "mask more video"),
         (dict(modalities=("audio",), objective="inpaint_both"), "needs both"),
         (dict(modalities=()), "needs a modality"),
@@ -513,6 +516,22 @@ def test_logits_of_a_segment_come_from_its_tokens():
     torch.testing.assert_close(pooled[:, 0], tokens[:, :6].mean(1))
     torch.testing.assert_close(pooled[:, 1], tokens[:, 6:].mean(1))
     assert model(x)["audio"].shape == (3, 2, 5)
+
+
+@pytest.mark.parametrize("fusion", PLANS)
+def test_a_dropped_block_of_an_encoder_is_one_that_adds_nothing(fusion):
+    torch.manual_seed(0)
+    encoder = avmae.Fusion(fusion, TINY["size"], avmae.MODALITIES)
+    tokens = {"video": torch.randn(2, 5, 24), "audio": torch.randn(2, 3, 24)}
+    for i in range(4):
+        keep = {m: torch.ones(4, 2, 2, 1, 1) for m in tokens}
+        without = copy.deepcopy(encoder)
+        for m in tokens:
+            keep[m][i] = 0
+            block = without.path(m)[i]
+            for p in *block.attn.out.parameters(), *block.mlp[2].parameters():
+                torch.nn.init.zeros_(p)
+        torch.testing.assert_close(encoder(tokens, keep), without(tokens))
 
 
 def test_segments_of_ave():
