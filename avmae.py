@@ -2,14 +2,16 @@
 
     inputs {video: (B, T, H, W, 3), audio: (B, T, F)}        clips and log-mel spectrograms
        -> patches {m: (B, N, P)} -> tokens {m: (B, V, D)}    a dict by modality all the way
-       -> encoder -> decoder -> loss (AVMAE), or trunk -> logits (Classifier)
+       -> encoder -> decoder -> loss                         AVMAE, Fig. 1
+       -> MBT, or the encoder -> logits                      Classifier, Sec. 4.1
 
 Two tables hold the paper's variants: `PLANS` (Fig. 2: how audio and video are fused) and `CONTEXT`
-(Sec. 3.4, Fig. 3: what is reconstructed from what). One class, `Fusion`, runs any plan and is the
-encoder and the decoder. Needs torch and einops only; copy the file and it works.
+(Fig. 3: what is reconstructed from what). One class, `Fusion`, runs any plan: it is the encoder and
+the decoder. Needs torch and einops only: copy this file and it works.
 
 Letters: B clips, N tokens of a modality, V visible and M masked ones (V + M = N), P numbers in a
-patch, D width, L layers, S joint layers.
+patch, D width (D' of the decoder), L layers, S joint layers; m a modality. A target t is decoded
+from its context c: there N is t's and V is c's, so the N - V predicted are t's M only if t = c.
 """
 
 import json
@@ -18,7 +20,7 @@ import os
 import pathlib
 import pickle
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -26,20 +28,159 @@ import torch.nn.functional as F
 from einops import pack, rearrange, unpack
 from torch import nn
 
-MODALITIES = ("video", "audio")
-NORM_EPS = 1e-6
+NORM_EPS = 1e-6  # Flax's default, with which the authors' released weights were trained
 
 
-class Size(NamedTuple):
-    """Sizes of a transformer: D, L, attention heads, hidden units of the MLP."""
-
-    width: int
-    layers: int
-    heads: int
-    mlp: int
+class UserError(ValueError):
+    """A mistake of the user's, told in one sentence that says what to do."""
 
 
-SIZES = {  # name: (encoder, its decoder). Base and large: Table 21; the others by the same rule.
+def require(condition, sentence):
+    """UserError with this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+# ---------------------------------------------------------------------------------------------
+# Modalities: clips to patches (Sec. 3.1)
+
+
+@dataclass(frozen=True)
+class Modality:
+    """A kind of input: how its clips are cut into patches, and how many of these are masked."""
+
+    pattern: str  # einops: clips to patches; `t` counts patches, `dt` what is in one
+    axes: tuple  # the letters of the axes that are cut
+    shape: tuple  # of a clip along these axes
+    patch: tuple  # of a patch along these axes
+    mask_ratio: float
+    channels: int = 1
+    drop_last: bool = False  # whether frames at the end that fill no patch are dropped, or an error
+    mean: float = 0.0  # inputs are normalized by these two; the paper's are not
+    std: float = 1.0
+
+    def like(self, x):
+        """The same for clips x (B, T, ...) of another shape."""
+        return replace(self, shape=tuple(x.shape[1 : 1 + len(self.axes)]))
+
+    @property
+    def grid(self):
+        """Patches along each axis. UserError if patches don't divide the shape."""
+        used = list(self.shape)
+        if self.drop_last:
+            used[0] -= used[0] % self.patch[0]
+
+        require(
+            all(s and s % p == 0 for s, p in zip(used, self.patch, strict=True)),
+            f"a clip of {'x'.join(map(str, self.shape))} ({', '.join(self.axes)}) is not divided "
+            f"by patches of {'x'.join(map(str, self.patch))}")
+        return [s // p for s, p in zip(used, self.patch)]
+
+    @property
+    def tokens(self):
+        """N, the tokens of a clip."""
+        return math.prod(self.grid)
+
+    @property
+    def masked(self):
+        """M, how many of them are masked in pretraining."""
+        return int(self.mask_ratio * self.tokens)
+
+    @property
+    def in_patch(self):
+        """The sizes of a patch by their names in the pattern."""
+        return {f"d{axis}": size for axis, size in zip(self.axes, self.patch)}
+
+    @property
+    def patch_dim(self):
+        """P, the numbers in a patch."""
+        return math.prod(self.patch) * self.channels
+
+    def patchify(self, x):
+        """Clips (B, T, ...) -> patches (B, N, P), as they are: bytes stay bytes."""
+        frames = self.like(x).grid[0] * self.patch[0]
+        return rearrange(x[:, :frames], self.pattern, **self.in_patch)
+
+    def unpatchify(self, patches):
+        """The inverse, for clips of `shape`: (B, N, P) -> (B, T, ...)."""
+        clips, cut = self.pattern.split(" -> ")
+        sizes = dict(zip(self.axes, self.grid)) | self.in_patch
+        return rearrange(patches, f"{cut} -> {clips}", **sizes)
+
+    def normalize(self, patches):
+        """Raw patches -> what the model sees and predicts: bytes to [-1, 1], then mean and std."""
+        if patches.dtype == torch.uint8:
+            patches = patches * (2 / 255) - 1
+
+        return patches if (self.mean, self.std) == (0, 1) else (patches - self.mean) / self.std
+
+
+VIDEO = Modality(  # 16 RGB frames, tubelets of 2x16x16: 8x14x14 = 1568 tokens of 1536 numbers
+    "b (t dt) (h dh) (w dw) c -> b (t h w) (dt dh dw c)", ("t", "h", "w"), shape=(16, 224, 224),
+    patch=(2, 16, 16), mask_ratio=0.9, channels=3)
+
+AUDIO = Modality(  # 8 s of 100 frames each, 128 mel bins: 50x8 = 400 tokens of 256 numbers
+    "b (t dt) (f df) -> b (t f) (dt df)", ("t", "f"), shape=(800, 128), patch=(16, 16),
+    mask_ratio=0.5, drop_last=True)  # AudioSet's 10 s end in 8 frames too many
+
+MODALITIES = {"video": VIDEO, "audio": AUDIO}  # tokens are concatenated in this order
+
+
+def sinusoid(length, width):
+    """Fixed positions (N, D): pos[p, 2i] = sin(p w_i), pos[p, 2i+1] = cos(p w_i), where
+    w_i = 10000^(-2i/D). Row p does not depend on N: a table for many tokens serves for fewer."""
+    frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency  # (N, D / 2)
+
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
+
+
+class Positions(nn.Module):
+    """A table of positions, made once for clips of the usual length, and anew for a longer one."""
+
+    def __init__(self, length, width):
+        super().__init__()
+        self.register_buffer("table", sinusoid(length, width), persistent=False)
+
+    def forward(self, length):
+        """-> (N, D)"""
+        if length > len(self.table):
+            self.table = sinusoid(length, self.table.shape[1]).to(self.table)
+        return self.table[:length]
+
+
+def take(x, ids):
+    """Rows of each clip: (B, N, P), (B, V) -> (B, V, P)."""
+    first = x.shape[1] * torch.arange(len(x), device=x.device)[:, None]  # where each clip begins
+    return x.flatten(0, 1)[ids + first]  # copies whole rows, unlike gather
+
+
+def put(x, ids, rows):
+    """x (B, N, P) with `rows` (B, V, P) at ids (B, V)."""
+    return x.scatter(1, ids[..., None].expand_as(rows), rows)
+
+
+def patch_stats(patches):
+    """Mean and standard deviation of each patch: (B, M, P) -> twice (B, M, 1)."""
+    variance, mean = torch.var_mean(patches, dim=-1, correction=0, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+# ---------------------------------------------------------------------------------------------
+# Transformer: pre-norm ViT blocks, whose parameters have timm's names
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a transformer."""
+
+    width: int  # D
+    depth: int  # L
+    num_heads: int
+    mlp_dim: int
+
+
+SIZES = {  # name: (encoder, its decoder); the paper's are base and large (Sec. 4.1, Table 21)
     "tiny": (Size(192, 12, 3, 768), Size(96, 4, 3, 384)),
     "small": (Size(384, 12, 6, 1536), Size(192, 4, 3, 768)),
     "base": (Size(768, 12, 12, 3072), Size(384, 4, 6, 1536)),
@@ -48,9 +189,134 @@ SIZES = {  # name: (encoder, its decoder). Base and large: Table 21; the others 
 }
 
 
-# Fusion strategies (Fig. 2, Sec. 3.2 and 3.3) as stages (how, depth); L layers, S of them joint.
-# separate: own weights, own pass. shared: same weights, own pass. joint: same weights, one pass
-# over the concatenated modalities.
+def linear(in_features, out_features, init=nn.init.xavier_uniform_):
+    """A linear layer; its bias starts at 0."""
+    layer = nn.Linear(in_features, out_features)
+    init(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class PatchEmbed(nn.Module):
+    """Patches of a modality to tokens, with their positions added (Sec. 3.1)."""
+
+    def __init__(self, modality, width, modality_embed=False):
+        super().__init__()
+        self.modality = modality
+
+        # The same as a convolution whose stride is its kernel: each patch is projected on its own.
+        self.proj = nn.Linear(modality.patch_dim, width)
+        std = modality.patch_dim**-0.5 / 0.8796  # LeCun's; a normal cut at 2 std keeps 0.8796 of it
+        nn.init.trunc_normal_(self.proj.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(self.proj.bias)
+
+        self.pos_embed = Positions(modality.tokens, width)
+        self.modality_embed = nn.Parameter(torch.zeros(width)) if modality_embed else None
+
+    def forward(self, patches, ids=None):
+        """Raw patches (B, N, P) -> tokens (B, N, D); only those of ids (B, V) if given."""
+        pos = self.pos_embed(patches.shape[1])  # (N, D)
+        if ids is not None:
+            patches, pos = take(patches, ids), pos[ids]  # (B, V, P), (B, V, D)
+
+        tokens = self.proj(self.modality.normalize(patches)) + pos
+        return tokens if self.modality_embed is None else tokens + self.modality_embed
+
+
+class Attention(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        require(
+            size.width % size.num_heads == 0,
+            f"{size.num_heads} heads don't divide a width of {size.width}")
+        self.num_heads = size.num_heads
+
+        self.qkv = nn.Linear(size.width, 3 * size.width)
+        bound = math.sqrt(3 / size.width)  # q, k and v are each a Xavier-uniform D x D matrix
+        nn.init.uniform_(self.qkv.weight, -bound, bound)
+        nn.init.zeros_(self.qkv.bias)
+
+        self.proj = linear(size.width, size.width)
+
+    def forward(self, x):
+        q, k, v = (
+            rearrange(part, "b n (h d) -> b h n d", h=self.num_heads)
+            for part in self.qkv(x).chunk(3, dim=-1))
+        x = F.scaled_dot_product_attention(q, k, v)
+
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.fc1 = linear(size.width, size.mlp_dim)
+        self.fc2 = linear(size.mlp_dim, size.width)
+
+        for layer in self.fc1, self.fc2:
+            nn.init.normal_(layer.bias, std=1e-6)  # as released
+
+    def forward(self, x):
+        # Flax's GELU: with the erf GELU, predictions of the released weights differ by 2.5e-4.
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a clip skips the branch with probability `rate`.
+
+    What is kept is not rescaled, unlike in most code: so it is in the authors' release.
+    """
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        return x * (torch.rand(len(x), 1, 1, device=x.device) >= self.rate)
+
+
+class Block(nn.Module):
+    def __init__(self, size, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(size.width, eps=NORM_EPS)
+        self.attn = Attention(size)
+        self.norm2 = nn.LayerNorm(size.width, eps=NORM_EPS)
+        self.mlp = Mlp(size)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        """x (B, N, D) -> same."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def drop_path_rates(highest, depth):
+    """Block i is dropped with probability highest * i / (L - 1)."""
+    return [highest * i / max(1, depth - 1) for i in range(depth)]
+
+
+class Stack(nn.Module):
+    """Blocks, one for each of these rates of stochastic depth, then a LayerNorm."""
+
+    def __init__(self, size, rates):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(size, rate) for rate in rates)
+        self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
+
+    def forward(self, x):
+        """x (B, N, D) -> same."""
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# Fusion: the encoders and decoders (Fig. 2, Sec. 3.2 and 3.3)
+
+# As stages (how, depth), for L layers of which S are joint. separate: own weights, own pass.
+# shared: same weights, own pass. joint: same weights, one pass over the concatenated modalities.
 PLANS = {
     "early": lambda L, S: [("joint", L)],
     "separate": lambda L, S: [("separate", L)],
@@ -58,331 +324,44 @@ PLANS = {
     "mid": lambda L, S: [("separate", L - S), ("joint", S)],
 }
 
-# Objectives (Fig. 3, Sec. 3.4) as decoder passes {target: whose visible tokens it is decoded from}.
-CONTEXT = {
-    "joint": [{"video": "video", "audio": "audio"}],
-    "video_from_audio": [{"video": "audio"}],
-    "audio_from_video": [{"audio": "video"}],
-    "inpaint_both": [{"video": "audio", "audio": "video"}],
-    "joint_inpaint": [{"video": "video", "audio": "audio"}, {"video": "audio", "audio": "video"}],
-}
-
-
-def _known(name, choices, what):
-    if name not in choices:
-        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(choices)}")
-    return name
-
-
-# ---------------------------------------------------------------------------------------------
-# Settings: two frozen dataclasses, stored in every checkpoint
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What goes in: shapes without the batch, patch sizes, and (mean, std) to normalise by.
-
-    Video is (frames, height, width) and scaled to [-1, 1] before its mean and std apply; audio is
-    a log-mel spectrogram (frames of 10 ms, mel bins).
-    """
-
-    modalities: tuple = MODALITIES
-    size: Size = SIZES["base"][0]
-    shape: dict = field(default_factory=lambda: {"video": (16, 224, 224), "audio": (800, 128)})
-    patch: dict = field(default_factory=lambda: {"video": (2, 16, 16), "audio": (16, 16)})
-    norm: dict = field(default_factory=lambda: {"video": (0.0, 1.0), "audio": (0.0, 1.0)})
-    modality_tokens: bool = False  # learned, added to every token of a modality (official option)
-
-    def __post_init__(self):
-        for modality in self.modalities:
-            _known(modality, MODALITIES, "modality")
-            self.tokens(modality)
-        if not self.modalities or self.size.width % self.size.heads:
-            raise ValueError(
-                "a model needs a modality, and heads that divide its width: "
-                f"{self.modalities}, {self.size}")
-        ordered = tuple(m for m in MODALITIES if m in self.modalities)
-        object.__setattr__(self, "modalities", ordered)
-
-    def tokens(self, modality):
-        """N, the number of tokens of a modality."""
-        return math.prod(grid(self.shape[modality], self.patch[modality], modality))
-
-
-@dataclass(frozen=True)
-class PretrainConfig(Inputs):
-    """A pretraining model (Sec. 3). Impossible combinations are refused with a ValueError."""
-
-    decoder_size: Size = SIZES["base"][1]
-    encoder: str = "mid"  # a fusion strategy, Sec. 3.2
-    decoder: str = "shared"  # the same four, Sec. 3.3
-    objective: str = "joint"  # Sec. 3.4
-    joint_layers: int = 2  # S of mid fusion, Table 15
-    mask: dict = field(default_factory=lambda: {"video": 0.9, "audio": 0.5})
-    standardise: bool = False  # targets to zero mean and unit variance, per patch
-    allow_uncoupled: bool = False  # separate encoder + separate decoder: the baseline of Table 10
-
-    def __post_init__(self):
-        super().__post_init__()
-        _known(self.objective, CONTEXT, "objective")
-        for fusion, layers in (
-            (self.encoder, self.size.layers), (self.decoder, self.decoder_size.layers)):
-            _known(fusion, PLANS, "fusion strategy")
-            if fusion == "mid" and not 0 < self.joint_layers < layers:
-                raise ValueError(
-                    f"mid fusion needs 0 < S < {layers} layers, not S = {self.joint_layers}")
-        both = len(self.modalities) == 2
-        if both and self.encoder == self.decoder == "separate" and not self.allow_uncoupled:
-            raise ValueError(
-                "a separate encoder with a separate decoder is two uncoupled autoencoders "
-                "(Sec. 3.3): choose another decoder, or allow it with --allow-uncoupled")
-        if self.objective != "joint":
-            self._check_inpainting(both)
-        for modality in self.modalities:
-            tokens, masked = self.tokens(modality), self.masked(modality)
-            if not 0 < masked < tokens:
-                raise ValueError(
-                    f"mask ratio {self.mask[modality]} of {tokens} {modality} tokens masks "
-                    f"{masked}: some must be masked and some visible")
-
-    def _check_inpainting(self, both):
-        if not both:
-            raise ValueError(
-                f"objective {self.objective} predicts one modality from the other and needs both")
-        if self.encoder in ("separate", "shared"):
-            raise ValueError(
-                f"inpainting needs early or mid fusion: with a {self.encoder} encoder the tokens "
-                "of one modality know nothing of the other, which they must predict (Sec. 3.4)")
-        for target, context in CONTEXT[self.objective][-1].items():
-            visible = self.tokens(context) - self.masked(context)
-            if visible >= self.tokens(target):
-                raise ValueError(
-                    f"inpainting puts the {visible} visible {context} tokens in front of the "
-                    f"{target} sequence, which has only {self.tokens(target)}: mask more {context}")
-
-    def masked(self, modality):
-        """M, the number of masked tokens of a modality (Sec. 3.1)."""
-        return int(self.mask[modality] * self.tokens(modality))
-
-    @property
-    def passes(self):
-        """The decoder passes of the objective, with the modalities that there are."""
-        return [
-            {t: c for t, c in p.items() if t in self.modalities} for p in CONTEXT[self.objective]]
-
-
-@dataclass(frozen=True)
-class ClassifierConfig(Inputs):
-    """A finetuning model: MBT, or a pretraining encoder as it is (Sec. 4.1, Table 14)."""
-
-    trunk: str = "mbt"  # or a fusion strategy
-    fusion_layer: int = 8  # of MBT: the first layer with bottlenecks
-    bottlenecks: int = 4
-    joint_layers: int = 2  # S of a mid encoder
-    classes: tuple = (309,)  # of each head; Epic Kitchens has two: verbs, nouns
-    segments: int = 1  # logits for so many equal parts of the clip (Table 8: 10)
-
-    def __post_init__(self):
-        super().__post_init__()
-        _known(self.trunk, ("mbt", *PLANS), "trunk")
-        if self.trunk == "mbt" and not 0 <= self.fusion_layer <= self.size.layers:
-            raise ValueError(f"fusion layer {self.fusion_layer} of {self.size.layers}")
-
-
-# ---------------------------------------------------------------------------------------------
-# Patches and positions (Sec. 3.1)
-
-PATTERN = {  # one pattern is the input of the embedding and the target of the reconstruction
-    "video": "b (t dt) (h dh) (w dw) c -> b (t h w) (dt dh dw c)",
-    "audio": "b (t dt) (f df) -> b (t f) (dt df)",
-}
-
-
-def grid(shape, patch, modality):
-    """Patches along each axis: video (t, h, w), audio (t, f).
-
-    Audio frames at the end that fill no patch are dropped (8 of AudioSet's 1000). Anything else
-    that patches don't divide is a ValueError.
-    """
-    if modality == "audio":
-        shape = (shape[0] // patch[0] * patch[0], *shape[1:])
-    if any(s % p or s < p for s, p in zip(shape, patch, strict=True)):
-        axes = {"video": "frames x height x width", "audio": "frames x mel bins"}[modality]
-        raise ValueError(
-            f"{modality} of {'x'.join(map(str, shape))} ({axes}) is not divided by "
-            f"patches of {'x'.join(map(str, patch))}")
-    return tuple(s // p for s, p in zip(shape, patch))
-
-
-def patchify(x, modality, patch):
-    """Clips to patches: video (B, T, H, W, 3) or audio (B, T, F) -> (B, N, P)."""
-    axes = grid(x.shape[1:4] if modality == "video" else x.shape[1:], patch, modality)
-    x = x[:, : axes[0] * patch[0]]
-    return rearrange(
-        x, PATTERN[modality],
-        **dict(zip(("dt", "dh", "dw") if modality == "video" else ("dt", "df"), patch)))
-
-
-def unpatchify(patches, modality, patch, shape):
-    """The inverse: (B, N, P) -> clips of `shape` (without the batch and channels)."""
-    left, right = PATTERN[modality].split(" -> ")
-    names = ("t", "h", "w", "dt", "dh", "dw") if modality == "video" else ("t", "f", "dt", "df")
-    return rearrange(
-        patches, f"{right} -> {left}", **dict(zip(names, (*grid(shape, patch, modality), *patch))))
-
-
-def sinusoid(count, width, device=None):
-    """Fixed positions (N, D): pos[p, 2i] = sin(p w_i), pos[p, 2i+1] = cos(p w_i), where
-    w_i = 10000^(-2i/D). Made for the length at hand, so that any length will do."""
-    frequency = 10000.0 ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
-    angle = torch.arange(count, device=device, dtype=torch.float64)[:, None] * frequency
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
-
-
-def take(x, ids):
-    """Rows of each clip: (B, N, P), (B, V) -> (B, V, P)."""
-    return x[torch.arange(len(x), device=x.device)[:, None], ids]  # copies rows, unlike gather
-
-
-def standardise(patches):
-    """Each patch to zero mean and unit variance: (B, M, P) -> (B, M, P)."""
-    variance, mean = torch.var_mean(patches, dim=-1, correction=0, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
-
-
-def draw_masks(counts, masked, batch, generator=None):
-    """Which tokens are visible, which masked: uniformly at random for each clip and modality.
-
-    counts {m: N}, masked {m: M} -> visible {m: (B, V)}, masked {m: (B, M)}, on the CPU.
-    """
-    order = {m: torch.rand(batch, n, generator=generator).argsort(-1) for m, n in counts.items()}
-    return (
-        {m: o[:, masked[m] :] for m, o in order.items()},
-        {m: o[:, : masked[m]] for m, o in order.items()})
-
-
-class Embed(nn.Module):
-    """Patches of one modality to tokens: a convolution whose stride is its kernel (Sec. 3.1)."""
-
-    def __init__(self, modality, config):
-        super().__init__()
-        self.modality = modality
-        self.patch, self.norm = config.patch[modality], config.norm[modality]
-        numbers = math.prod(self.patch) * (3 if modality == "video" else 1)
-        self.linear = nn.Linear(numbers, config.size.width)
-        std = numbers**-0.5 / 0.87962566103423978  # a normal cut at 2 std has that std
-        nn.init.trunc_normal_(self.linear.weight, std=std, a=-2 * std, b=2 * std)
-        nn.init.zeros_(self.linear.bias)
-        self.token = (
-            nn.Parameter(torch.zeros(config.size.width)) if config.modality_tokens else None)
-
-    def patchify(self, x):
-        """Clips (B, ...) -> patches (B, N, P), as they are: bytes stay bytes."""
-        return patchify(x, self.modality, self.patch)
-
-    def normalise(self, patches):
-        """Raw patches -> what the model sees and predicts: bytes to [-1, 1], then mean and std."""
-        if patches.dtype == torch.uint8:
-            patches = patches * (2 / 255) - 1
-        mean, std = self.norm
-        return patches if (mean, std) == (0, 1) else (patches - mean) / std
-
-    def forward(self, patches, position):
-        """Raw patches (B, V, P) and their positions (B, V, D) or (V, D) -> tokens (B, V, D)."""
-        tokens = self.linear(self.normalise(patches)) + position
-        return tokens if self.token is None else tokens + self.token
-
-
-# ---------------------------------------------------------------------------------------------
-# Transformer: pre-norm ViT blocks
-
-
-class Attention(nn.Module):
-    def __init__(self, size):
-        super().__init__()
-        self.heads = size.heads
-        self.qkv = nn.Linear(size.width, 3 * size.width)
-        self.out = nn.Linear(size.width, size.width)
-        bound = math.sqrt(3 / size.width)  # q, k and v are each a Xavier-uniform D x D matrix
-        nn.init.uniform_(self.qkv.weight, -bound, bound)
-        nn.init.xavier_uniform_(self.out.weight)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.out(rearrange(x, "b h n d -> b n (h d)"))
-
-
-class Block(nn.Module):
-    def __init__(self, size):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(size.width, eps=NORM_EPS)
-        self.attn = Attention(size)
-        self.norm2 = nn.LayerNorm(size.width, eps=NORM_EPS)
-        self.mlp = nn.Sequential(
-            nn.Linear(size.width, size.mlp), nn.GELU(approximate="tanh"),
-            nn.Linear(size.mlp, size.width))
-        for layer in self.mlp[0], self.mlp[2]:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.normal_(layer.bias, std=1e-6)
-
-    def forward(self, x, keep=None):
-        """x (B, N, D) -> same; keep (2, B, 1, 1) of 0 and 1, or None: the branches not dropped."""
-        attended = self.attn(self.norm1(x))
-        x = x + (attended if keep is None else attended * keep[0])
-        mixed = self.mlp(self.norm2(x))
-        return x + (mixed if keep is None else mixed * keep[1])
-
-
-class Stack(nn.Module):
-    """Blocks, then a LayerNorm."""
-
-    def __init__(self, size, depth):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(size) for _ in range(depth))
-        self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
-
-    def forward(self, x, keep=None):
-        """x (B, N, D) -> same; keep (depth, 2, B, 1, 1) or None."""
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if keep is None else keep[i])
-        return self.norm(x)
-
 
 class Fusion(nn.Module):
-    """Runs a plan of Fig. 2 over {m: (B, N_m, D)} and returns the same: encoder and decoder.
+    """Runs a plan over {m: (B, N, D)} and returns the same: encoder and decoder.
 
-    A stage has one stack per modality if it is `separate`, else one for all.
+    A stage has one stack per modality if it is "separate", else one for all. Each stack ends in its
+    own norm, so mid fusion has one per modality before the joint layers, too: as released.
     """
 
-    def __init__(self, fusion, size, modalities, joint_layers=2):
+    def __init__(self, fusion, size, modalities, num_joint=2, drop_path=0.0):
         super().__init__()
-        self.plan = PLANS[fusion](size.layers, joint_layers)
+        require(fusion in PLANS, f"no fusion {fusion!r}: choose one of {', '.join(PLANS)}")
+        require(
+            fusion != "mid" or 0 < num_joint < size.depth,
+            f"mid fusion needs 0 < S < {size.depth} layers, not S = {num_joint}")
+
+        self.plan = PLANS[fusion](size.depth, num_joint)
         self.stages = nn.ModuleList()
+        rates = drop_path_rates(drop_path, size.depth)
         for how, depth in self.plan:
             names = modalities if how == "separate" else ["all"]
-            self.stages.append(nn.ModuleDict({name: Stack(size, depth) for name in names}))
+            stacks = {name: Stack(size, rates[:depth]) for name in names}
+            self.stages.append(nn.ModuleDict(stacks))
+            rates = rates[depth:]
 
-    def forward(self, tokens, keep=None):
-        """tokens {m: (B, N_m, D)} -> same; keep {m: (L, 2, B, 1, 1)} or None."""
-        start = 0
-        for (how, depth), stage in zip(self.plan, self.stages):
-            part = {m: None if keep is None else keep[m][start : start + depth] for m in tokens}
-            start += depth
+    def forward(self, tokens):
+        """tokens {m: (B, N, D)} -> same."""
+        for (how, _), stage in zip(self.plan, self.stages):
             if how == "joint":
-                together, lengths = pack(list(tokens.values()), "b * d")
-                together = stage["all"](together, next(iter(part.values())))
-                tokens = dict(zip(tokens, unpack(together, lengths, "b * d")))
-            else:
-                tokens = {
-                    m: stage[m if how == "separate" else "all"](x, part[m])
-                    for m, x in tokens.items()}
+                x, lengths = pack(list(tokens.values()), "b * d")  # (B, all N, D)
+                tokens = dict(zip(tokens, unpack(stage["all"](x), lengths, "b * d")))
+            else:  # a pass for each modality
+                stack = {m: stage[m if how == "separate" else "all"] for m in tokens}
+                tokens = {m: stack[m](x) for m, x in tokens.items()}
+
         return tokens
 
     def stacks(self, modality):
-        """The stacks that a modality's tokens go through, first to last."""
+        """The stacks that a modality's tokens go through, first to last (for transfer)."""
         return [
             stage[modality if how == "separate" else "all"]
             for (how, _), stage in zip(self.plan, self.stages)]
@@ -396,170 +375,329 @@ class Fusion(nn.Module):
 # The audiovisual masked autoencoder (Sec. 3)
 
 
+# Objectives (Sec. 3.4; inpainting: Fig. 3). Each is a list of decoder passes {target: context}: the
+# target is decoded from the visible tokens of its context.
+CONTEXT = {
+    "joint": [{"video": "video", "audio": "audio"}],
+    "video_from_audio": [{"video": "audio"}],
+    "audio_from_video": [{"audio": "video"}],
+    "inpaint_both": [{"video": "audio", "audio": "video"}],
+    # Beyond the paper: its future work (Sec. 4.2).
+    "joint_inpaint": [{"video": "video", "audio": "audio"}, {"video": "audio", "audio": "video"}],
+}
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining model. UserError for an objective that cannot be had (Sec. 3.4)."""
+
+    modalities: dict = field(default_factory=lambda: dict(MODALITIES))
+    size: Size = SIZES["base"][0]
+    decoder_size: Size = SIZES["base"][1]
+    encoder: str = "mid"  # a plan, Sec. 3.2
+    decoder: str = "shared"  # a plan, Sec. 3.3
+    objective: str = "joint"  # a row of CONTEXT
+    num_joint: int = 2  # S of mid fusion, Table 15
+    norm_pix: bool = False  # targets to zero mean and unit variance, per patch
+    modality_embed: bool = False  # learned, added to all tokens of a modality (off in the release)
+    allow_uncoupled: bool = False  # separate encoder, separate decoder: the baseline of Table 10
+
+    def __post_init__(self):
+        require(
+            self.objective in CONTEXT,
+            f"no objective {self.objective!r}: choose one of {', '.join(CONTEXT)}")
+        require(
+            any(self.passes),
+            f"nothing to reconstruct: {', '.join(self.modalities) or 'no modality'} with "
+            f"objective {self.objective}")
+        require(
+            self.allow_uncoupled or len(self.modalities) == 1
+            or not self.encoder == self.decoder == "separate",
+            "a separate encoder with a separate decoder is two uncoupled autoencoders "
+            "(Sec. 3.3): choose another decoder, or allow it with --allow-uncoupled")
+
+        for m, modality in self.modalities.items():
+            require(
+                0 < modality.masked < modality.tokens,
+                f"mask ratio {modality.mask_ratio} of {modality.tokens} {m} tokens masks "
+                f"{modality.masked}: some must be masked and some visible")
+
+        for pairs in self.passes:
+            for target, context in pairs.items():
+                if target != context:
+                    self.check_inpainting(target, context)
+
+    def check_inpainting(self, target, context):
+        """One modality from the other (Sec. 3.4): what that needs."""
+        require(
+            context in self.modalities,
+            f"objective {self.objective} predicts one modality from the other and needs both")
+        require(
+            self.encoder not in ("separate", "shared"),
+            f"inpainting needs early or mid fusion: with a {self.encoder} encoder the tokens of "
+            "one modality know nothing of the other, which they must predict (Sec. 3.4)")
+
+        visible = self.modalities[context].tokens - self.modalities[context].masked
+        length = self.modalities[target].tokens
+        require(
+            visible < length,
+            f"inpainting puts the {visible} visible {context} tokens at the start of the {target} "
+            f"sequence, which has only {length} places: mask more {context}")
+
+    @property
+    def passes(self):
+        """The decoder passes of the objective, with the modalities that there are."""
+        return [
+            {t: c for t, c in pairs.items() if t in self.modalities}
+            for pairs in CONTEXT[self.objective]]
+
+
 class Output(NamedTuple):
-    """What AVMAE returns. Keys of the dicts: "video" if decoded from its own visible tokens,
-    "video_from_audio" if inpainted, likewise for audio."""
+    """What AVMAE returns; dicts by (target, context) have an entry for each reconstruction."""
 
     loss: torch.Tensor  # half the sum of `losses`
-    losses: dict  # {key: Eq. 1}
-    predictions: dict  # {key: (B, M, P)}, of normalised (if asked, standardised) patches
-    places: dict  # {key: (B, M)}: which tokens were predicted
-    masks: tuple  # visible {m: (B, V)}, masked {m: (B, M)}: what the encoder saw and did not see
+    losses: dict  # {(t, c): Eq. 1}
+    preds: dict  # {(t, c): (B, N - V, P)}, predicted patches, normalized as the truth is
+    ids_pred: dict  # {(t, c): (B, N - V)}, their positions
+    ids_keep: dict  # {m: (B, V)}, what the encoder saw
+    ids_mask: dict  # {m: (B, M)}, and what it did not
+
+
+class Reconstruction(NamedTuple):
+    """Clips (B, T, ...) as they are before mean and std: video in [-1, 1], log-mel."""
+
+    original: torch.Tensor
+    visible: torch.Tensor  # what the encoder saw of it, NaN elsewhere
+    rebuilt: torch.Tensor  # the prediction in the gaps of the original; if inpainted, of NaN
+
+
+def random_masking(modalities, batch, generator=None, rows=slice(None)):
+    """Which tokens are visible and which masked: uniformly at random for each clip and modality.
+
+    modalities {m: Modality} -> ids_keep {m: (B, V)}, ids_mask {m: (B, M)}, on the CPU. Processes
+    that share a batch draw the noise of all of it, for the same masks on any number of them, and
+    sort their `rows`.
+    """
+    ids_keep, ids_mask = {}, {}
+    for m, modality in modalities.items():
+        noise = torch.rand(batch, modality.tokens, generator=generator)
+        order = noise[rows].argsort(dim=1)  # (B, N)
+        ids_mask[m], ids_keep[m] = order[:, : modality.masked], order[:, modality.masked :]
+
+    return ids_keep, ids_mask
 
 
 class AVMAE(nn.Module):
-    """Encodes the visible tokens of audio and video, decodes the masked ones (Fig. 1, Sec. 3)."""
+    """Encodes the visible tokens of audio and video, decodes the masked ones (Fig. 1)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        targets = [m for m in MODALITIES if any(m in p for p in config.passes)]
-        contexts = [m for m in MODALITIES if any(m in p.values() for p in config.passes)]
         width, decoder_width = config.size.width, config.decoder_size.width
-        self.embed = nn.ModuleDict({m: Embed(m, config) for m in config.modalities})
-        self.encoder = Fusion(config.encoder, config.size, config.modalities, config.joint_layers)
-        self.project = nn.ModuleDict({m: nn.Linear(width, decoder_width) for m in contexts})
-        self.mask_token = nn.ParameterDict({m: torch.zeros(decoder_width) for m in targets})
-        self.decoder = Fusion(config.decoder, config.decoder_size, targets, config.joint_layers)
-        self.head = nn.ModuleDict(
-            {m: nn.Linear(decoder_width, self.embed[m].linear.in_features) for m in targets})
-        for layer in self.project.values():
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for layer in self.head.values():
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        if config.modality_tokens:
-            self.decoder_token = nn.ParameterDict({m: torch.zeros(decoder_width) for m in targets})
+        targets = [m for m in config.modalities if any(m in p.keys() for p in config.passes)]
+        contexts = [m for m in config.modalities if any(m in p.values() for p in config.passes)]
 
-    def draw_masks(self, batch, generator=None):
-        """Masks for clips of the configured shape, see the function of that name."""
-        c = self.config
-        return draw_masks(
-            {m: c.tokens(m) for m in c.modalities}, {m: c.masked(m) for m in c.modalities}, batch,
-            generator)
+        self.patch_embed = nn.ModuleDict({
+            m: PatchEmbed(modality, width, config.modality_embed)
+            for m, modality in config.modalities.items()})
+        self.encoder = Fusion(config.encoder, config.size, config.modalities, config.num_joint)
 
-    def forward(self, inputs, masks=None):
+        # Only what the objective uses exists: video from audio projects no visible video tokens.
+        self.decoder_embed = nn.ModuleDict({c: linear(width, decoder_width) for c in contexts})
+        self.mask_token = nn.ParameterDict({t: torch.zeros(decoder_width) for t in targets})
+        if config.modality_embed:
+            self.decoder_modality_embed = nn.ParameterDict(
+                {t: torch.zeros(decoder_width) for t in targets})
+        longest = max(modality.tokens for modality in config.modalities.values())
+        self.decoder_pos_embed = Positions(longest, decoder_width)
+
+        self.decoder = Fusion(config.decoder, config.decoder_size, targets, config.num_joint)
+        self.decoder_pred = nn.ModuleDict(
+            {t: linear(decoder_width, config.modalities[t].patch_dim, nn.init.zeros_)
+             for t in targets})
+
+    def forward(self, inputs, ids=None):
         """inputs {video: (B, T, H, W, 3) uint8 or in [-1, 1], audio: (B, T, F)} -> Output.
 
-        masks: (visible, masked) as `draw_masks` makes them; drawn if not given.
+        ids: (ids_keep, ids_mask) as `random_masking` makes them, on the inputs' device; drawn
+        here if not given (torch.compile then draws others than the same seed gives without it).
         """
-        patches = {m: self.embed[m].patchify(inputs[m]) for m in self.embed}  # {m: (B, N, P)}
-        if masks is None:
-            masks = self.draw_masks(len(next(iter(patches.values()))))
-        visible, masked = (
-            {m: ids.to(patches[m].device) for m, ids in part.items()} for part in masks)
-        latent = self.encode(patches, visible)  # {m: (B, V, D)}
-        losses, predictions, places = {}, {}, {}
-        for contexts in self.config.passes:
-            where = {t: self.places(t, c, visible, masked) for t, c in contexts.items()}
-            decoded = self.decode(
-                latent, contexts, where, {m: p.shape[1] for m, p in patches.items()})
-            for target, context in contexts.items():
-                key = target if target == context else f"{target}_from_{context}"
-                places[key] = where[target][1]
-                predictions[key] = self.head[target](decoded[target])  # (B, M, P)
-                goal = self.target(target, take(patches[target], places[key]))
-                losses[key] = (predictions[key].to(goal) - goal).square().mean()  # Eq. 1
-        return Output(0.5 * sum(losses.values()), losses, predictions, places, (visible, masked))
+        patches = self.patchify(inputs)                     # {m: (B, N, P)}
+        ids_keep, ids_mask = ids or self.draw_ids(inputs)   # {m: (B, V)}, {m: (B, M)}
 
-    def encode(self, patches, visible=None):
-        """patches {m: (B, N, P)}, visible {m: (B, V)} or None for all -> latent {m: (B, V, D)}."""
+        latent = self.forward_encoder(patches, ids_keep)    # {m: (B, V, D)}
+
+        losses, preds, ids_pred = {}, {}, {}
+        for pairs in self.config.passes:                    # {t: c}
+            given, hidden = self.decoder_ids(pairs, ids_keep, ids_mask)
+            pred = self.forward_decoder(latent, pairs, given, hidden)    # {t: (B, N - V, P)}
+
+            for t, c in pairs.items():
+                truth = self.truth(t, patches[t], hidden[t])             # (B, N - V, P)
+                losses[t, c] = F.mse_loss(pred[t], truth)                # Eq. 1
+                preds[t, c], ids_pred[t, c] = pred[t], hidden[t]
+
+        loss = 0.5 * sum(losses.values())  # as released: 0.5 for a single target, too
+        return Output(loss, losses, preds, ids_pred, ids_keep, ids_mask)
+
+    def patchify(self, inputs):
+        """Clips {m: (B, T, ...)} -> raw patches {m: (B, N, P)}, of the modalities given."""
+        modalities = self.config.modalities
+        return {m: modalities[m].patchify(inputs[m]) for m in modalities if m in inputs}
+
+    def draw_ids(self, inputs):
+        """Masks for clips of any shape, on their device."""
+        modalities = self.config.modalities
+        clips = inputs[next(iter(modalities))]
+        ids = random_masking({m: modalities[m].like(inputs[m]) for m in modalities}, len(clips))
+        return [{m: part.to(clips.device) for m, part in which.items()} for which in ids]
+
+    def forward_encoder(self, patches, ids_keep=None):
+        """patches {m: (B, N, P)}, ids_keep {m: (B, V)} or None for all -> latent {m: (B, V, D)}."""
         tokens = {}
         for m, x in patches.items():
-            position = sinusoid(x.shape[1], self.config.size.width, x.device)
-            if visible is not None:
-                x, position = take(x, visible[m]), position[visible[m]]
-            tokens[m] = self.embed[m](x, position)
+            tokens[m] = self.patch_embed[m](x, ids_keep and ids_keep[m])  # (B, V, D)
+
         return self.encoder(tokens)
 
-    def places(self, target, context, visible, masked):
-        """Positions of the context tokens (B, V) and of the tokens to predict (B, M).
+    def decoder_ids(self, pairs, ids_keep, ids_mask):
+        """Where in the sequence of each target the context stands, and what is predicted.
 
-        Tokens of the target itself go where they belong. Another modality's tokens have no place
-        in it: they take the first V positions, and the rest is predicted (Fig. 3).
+        A modality's own tokens return to their places and the gaps are predicted. Tokens of another
+        modality have no place in it: they take the first V, and all the rest is predicted, whether
+        the encoder saw it or not (Fig. 3). The target's own visible tokens are not used.
         """
-        if target == context:
-            return visible[target], masked[target]
-        batch, count = visible[context].shape
-        length = visible[target].shape[1] + masked[target].shape[1]
-        order = torch.arange(length, device=visible[context].device).expand(batch, length)
-        return order[:, :count], order[:, count:]
+        ids_context, ids_pred = {}, {}
+        for t, c in pairs.items():
+            if t == c:
+                ids_context[t], ids_pred[t] = ids_keep[t], ids_mask[t]
+                continue
 
-    def decode(self, latent, contexts, where, counts):
-        """latent {m: (B, V, D)} -> decoded tokens {target: (B, M, D')} at the places to predict."""
+            batch, visible = ids_keep[c].shape
+            length = ids_keep[t].shape[1] + ids_mask[t].shape[1]
+            places = torch.arange(length, device=ids_keep[c].device).expand(batch, length)
+            ids_context[t], ids_pred[t] = places[:, :visible], places[:, visible:]
+
+        return ids_context, ids_pred  # {t: (B, V)}, {t: (B, N - V)}
+
+    def forward_decoder(self, latent, pairs, ids_context, ids_pred):
+        """latent {m: (B, V, D)} -> predicted patches {t: (B, N - V, P)}."""
         tokens = {}
-        for target, context in contexts.items():
-            given, asked = where[target]
-            position = sinusoid(counts[target], self.config.decoder_size.width, given.device)
-            context_tokens = self.project[context](latent[context]) + position[given]
-            mask_tokens = self.mask_token[target] + position[asked]
-            tokens[target] = torch.cat([context_tokens, mask_tokens], dim=1)
-            if self.config.modality_tokens:
-                tokens[target] = tokens[target] + self.decoder_token[target]
-        decoded = self.decoder(tokens)
-        return {t: x[:, where[t][0].shape[1] :] for t, x in decoded.items()}
+        for t, c in pairs.items():
+            pos = self.decoder_pos_embed(ids_context[t].shape[1] + ids_pred[t].shape[1])  # (N, D')
 
-    def target(self, modality, patches):
-        """Raw patches (B, M, P) -> what is to be predicted."""
-        goal = self.embed[modality].normalise(patches)
-        return standardise(goal) if self.config.standardise else goal
+            context = self.decoder_embed[c](latent[c]) + pos[ids_context[t]]  # (B, V, D')
+            masked = self.mask_token[t] + pos[ids_pred[t]]  # (B, N - V, D')
+            tokens[t] = torch.cat([context, masked], dim=1)  # (B, N, D')
+            if self.config.modality_embed:  # of the target, for the whole sequence
+                tokens[t] = tokens[t] + self.decoder_modality_embed[t]
+
+        # Each token carries its own position, so that nothing has to be put back in order.
+        decoded = self.decoder(tokens)  # {t: (B, N, D')}
+        predicted = {t: x[:, ids_context[t].shape[1] :] for t, x in decoded.items()}
+        return {t: self.decoder_pred[t](x) for t, x in predicted.items()}
+
+    def truth(self, modality, patches, ids):
+        """What is to be predicted: raw patches (B, N, P) at ids (B, N - V) -> (B, N - V, P)."""
+        patches = self.config.modalities[modality].normalize(take(patches, ids))
+        if self.config.norm_pix:
+            mean, std = patch_stats(patches)
+            patches = (patches - mean) / std
+        return patches
 
     def features(self, inputs, pool=True):
-        """Features of unmasked clips, for each modality of the inputs: {m: (B, D)}, or its tokens
-        {m: (B, N, D)} without pooling."""
-        given = [m for m in self.embed if m in inputs]
-        latent = self.encode({m: self.embed[m].patchify(inputs[m]) for m in given})
+        """Features of whole clips, of each modality of the inputs: {m: (B, D)}, or without pooling
+        its tokens {m: (B, N, D)}."""
+        latent = self.forward_encoder(self.patchify(inputs))
         return {m: x.mean(1) for m, x in latent.items()} if pool else latent
+
+    @torch.no_grad()
+    def reconstruct(self, inputs, ids=None):
+        """What `forward` predicts, as clips (Fig. 5): {(t, c): Reconstruction}."""
+        out, clips = self(inputs, ids), {}
+
+        for (t, c), pred in out.preds.items():
+            modality, ids_pred = self.config.modalities[t].like(inputs[t]), out.ids_pred[t, c]
+            original = modality.normalize(modality.patchify(inputs[t])).float()  # (B, N, P)
+            if self.config.norm_pix:
+                mean, std = patch_stats(take(original, ids_pred))
+                pred = pred * std + mean
+
+            nothing = torch.full_like(original, math.nan)
+            visible = put(nothing, out.ids_keep[t], take(original, out.ids_keep[t]))
+            rebuilt = put(original if t == c else nothing, ids_pred, pred.float())
+            clips[t, c] = Reconstruction(*(
+                modality.unpatchify(x) * modality.std + modality.mean
+                for x in (original, visible, rebuilt)))
+
+        return clips
 
 
 # ---------------------------------------------------------------------------------------------
 # Finetuning: MBT and classification (Sec. 4.1)
 
 
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """A finetuning model: MBT, or a pretraining encoder as it is (Table 14)."""
+
+    modalities: dict = field(default_factory=lambda: dict(MODALITIES))
+    size: Size = SIZES["base"][0]
+    trunk: str = "mbt"  # or a plan
+    fusion_layer: int = 8  # of MBT: the first layer with bottlenecks
+    num_bottlenecks: int = 4
+    num_joint: int = 2  # S of a mid encoder
+    drop_path: float = 0.0  # stochastic depth of the last block
+    modality_embed: bool = False
+    num_classes: tuple = (309,)  # of each head; Epic Kitchens has two: verbs, nouns
+    num_segments: int = 1  # logits for so many equal parts of the clip (Table 8: 10)
+
+
 class MBT(nn.Module):
-    """Multimodal bottleneck transformer: one stack per modality; from `fusion_layer` on, modalities
-    exchange what they know through a few bottleneck tokens z. With one modality it is a plain ViT.
+    """Multimodal bottleneck transformer: blocks of its own for each modality, one norm for all.
+    From `fusion_layer` on, modalities exchange what they know through a few bottleneck tokens z.
+    With one modality it is a plain ViT.
 
         [x_m^(l+1) ; z_m^(l+1)] = Block_m^l([x_m^l ; z^l]),    z^(l+1) = mean over m of z_m^(l+1)
     """
 
-    def __init__(self, size, modalities, fusion_layer, bottlenecks=4):
+    def __init__(self, config):
         super().__init__()
-        self.blocks = nn.ModuleDict(
-            {m: nn.ModuleList(Block(size) for _ in range(size.layers)) for m in modalities})
-        self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
-        self.fusion_layer = fusion_layer if len(modalities) > 1 else size.layers
-        if self.fusion_layer < size.layers:
-            self.bottleneck = nn.Parameter(0.02 * torch.randn(bottlenecks, size.width))
+        size, fusion_layer = config.size, config.fusion_layer
+        require(
+            0 <= fusion_layer <= size.depth,
+            f"fusion layer {fusion_layer} of {size.depth}: it must be one of them, or the depth "
+            "for no fusion")
 
-    def forward(self, tokens, keep=None):
-        """tokens {m: (B, N_m, D)} -> same; keep {m: (L, 2, B, 1, 1)} or None."""
-        x, z = tokens, None
-        for i, blocks in enumerate(zip(*self.blocks.values())):
-            blocks = dict(zip(self.blocks, blocks))
-            kept = {m: None if keep is None else keep[m][i] for m in x}
-            if i < self.fusion_layer:
-                x = {m: blocks[m](x[m], kept[m]) for m in x}
-                continue
-            if z is None:
-                z = self.bottleneck.expand(len(next(iter(x.values()))), -1, -1)
-            both = {m: blocks[m](torch.cat([x[m], z], dim=1), kept[m]) for m in x}
-            x = {m: out[:, : -z.shape[1]] for m, out in both.items()}
-            z = torch.stack([out[:, -z.shape[1] :] for out in both.values()]).mean(0)
+        rates = drop_path_rates(config.drop_path, size.depth)
+        self.blocks = nn.ModuleDict(
+            {m: nn.ModuleList(Block(size, rate) for rate in rates) for m in config.modalities})
+        self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
+
+        self.depth = size.depth
+        self.fusion_layer = fusion_layer if len(config.modalities) > 1 else size.depth
+        if self.fusion_layer < size.depth:
+            self.bottleneck = nn.Parameter(0.02 * torch.randn(config.num_bottlenecks, size.width))
+
+    def forward(self, x):
+        """x {m: (B, N, D)} -> same."""
+        for layer in range(self.fusion_layer):
+            x = {m: self.blocks[m][layer](x[m]) for m in x}
+
+        if self.fusion_layer < self.depth:
+            z = self.bottleneck.expand(len(next(iter(x.values()))), -1, -1)  # (B, Z, D)
+
+        for layer in range(self.fusion_layer, self.depth):
+            both = {m: torch.cat([x[m], z], dim=1) for m in x}  # {m: (B, N + Z, D)}
+            both = {m: self.blocks[m][layer](both[m]) for m in x}
+            x = {m: both[m][:, : -z.shape[1]] for m in x}
+            z = torch.stack([both[m][:, -z.shape[1] :] for m in x]).mean(0)
+
         return {m: self.norm(x[m]) for m in x}
 
     def path(self, modality):
         """The blocks that a modality's tokens go through, first to last."""
         return list(self.blocks[modality])
-
-
-def draw_keep(rate, layers, modalities, batch, generator=None):
-    """Stochastic depth: block i of L is dropped with probability rate * i / (L - 1), per clip,
-    branch and modality. -> {m: (L, 2, B, 1, 1)} of 0 and 1; kept branches are not rescaled."""
-    drop = (rate * torch.arange(layers) / max(layers - 1, 1)).view(-1, 1, 1, 1, 1)
-    chance = {m: torch.rand(layers, 2, batch, 1, 1, generator=generator) for m in modalities}
-    return {m: (x >= drop).float() for m, x in chance.items()}
 
 
 class Classifier(nn.Module):
@@ -569,45 +707,50 @@ class Classifier(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.ModuleDict({m: Embed(m, config) for m in config.modalities})
-        if config.trunk == "mbt":
-            self.trunk = MBT(
-                config.size, config.modalities, config.fusion_layer, config.bottlenecks)
-        else:
-            self.trunk = Fusion(config.trunk, config.size, config.modalities, config.joint_layers)
-        self.head = nn.Linear(config.size.width, sum(config.classes))
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        require(config.modalities, "a classifier needs a modality")
 
-    def forward(self, inputs, keep=None):
-        """inputs as for AVMAE, keep as `draw_keep` makes it -> logits {m: (B, C)}, or of each
-        segment {m: (B, segments, C)}.
+        self.patch_embed = nn.ModuleDict({
+            m: PatchEmbed(modality, config.size.width, config.modality_embed)
+            for m, modality in config.modalities.items()})
+        self.trunk = (
+            MBT(config)
+            if config.trunk == "mbt"
+            else Fusion(
+                config.trunk, config.size, config.modalities, config.num_joint, config.drop_path))
+        self.head = linear(config.size.width, sum(config.num_classes), nn.init.zeros_)
 
-        At test time the logits are the mean over modalities; in training each has its own loss.
+    def forward(self, inputs):
+        """inputs as for AVMAE -> logits {m: (B, C)}, or of each segment {m: (B, segments, C)}.
+
+        The caller takes their mean over modalities at test time, and the loss of each in training.
         """
-        return {m: self.head(x) for m, x in self.features(inputs, keep=keep).items()}
+        return {m: self.head(x) for m, x in self.features(inputs).items()}
 
-    def features(self, inputs, pool=True, keep=None):
-        """{m: (B, D)} for each modality of the inputs ((B, segments, D) if the model has segments),
-        or its tokens {m: (B, N, D)} without pooling."""
+    def features(self, inputs, pool=True):
+        """{m: (B, D)} of each modality of the inputs ((B, segments, D) if the model has segments),
+        or without pooling its tokens {m: (B, N, D)}."""
         tokens = {}
-        for m in (m for m in self.embed if m in inputs):
-            patches = self.embed[m].patchify(inputs[m])
-            position = sinusoid(patches.shape[1], self.config.size.width, patches.device)
-            tokens[m] = self.embed[m](patches, position)
-        tokens = self.trunk(tokens, keep)
-        return (
-            {m: self.pool(m, x, inputs[m].shape[1]) for m, x in tokens.items()} if pool else tokens)
+        for m, embed in self.patch_embed.items():
+            if m in inputs:
+                tokens[m] = embed(embed.modality.patchify(inputs[m]))  # (B, N, D)
+
+        tokens = self.trunk(tokens)
+        if not pool:
+            return tokens
+        return {m: self.pool(m, x, inputs[m].shape[1]) for m, x in tokens.items()}
 
     def pool(self, modality, x, frames):
-        """Mean over tokens, (B, N, D) -> (B, D); with segments, over the tokens whose centre in
-        time lies in a segment, -> (B, segments, D)."""
-        if self.config.segments == 1:
+        """Mean over tokens, (B, N, D) -> (B, D); with segments over the tokens whose center in time
+        lies in a segment, -> (B, segments, D)."""
+        segments = self.config.num_segments
+        if segments == 1:
             return x.mean(1)
-        patch = self.config.patch[modality][0]
+
+        patch = self.config.modalities[modality].patch[0]
         x = x.unflatten(1, (frames // patch, -1)).mean(2)  # (B, t, D)
-        centre = (torch.arange(x.shape[1], device=x.device) + 0.5) * patch / frames
-        segment = F.one_hot((centre * self.config.segments).long(), self.config.segments).to(x)
+        center = (torch.arange(x.shape[1], device=x.device) + 0.5) * patch / frames
+        segment = F.one_hot((center * segments).long(), segments).to(x)  # (t, segments)
+
         return segment.T @ x / segment.sum(0)[:, None]
 
 
@@ -616,64 +759,86 @@ class Classifier(nn.Module):
 
 
 def transfer(source, target, streams=None):
-    """Initialise a Classifier from an AVMAE (Sec. 4.1, Table 3), in place.
+    """Initializes a Classifier from an AVMAE (Sec. 4.1, Table 3), in place.
 
-    streams: the modalities of `target` to initialise, all if None. A modality that the source does
+    streams: the modalities of `target` to initialize, all if None. A modality that the source does
     not have takes the blocks of the one it has, and its own patch embedding stays fresh.
-    Returns two lists to print: what was taken, which parameters stayed fresh. Sizes that differ
-    are a ValueError.
+    Returns two lists to print: what was taken, which parameters stayed fresh. UserError if sizes
+    differ.
     """
-    for name in "size", "patch":
-        ours, theirs = (getattr(model.config, name) for model in (target, source))
-        if ours != theirs:
-            raise ValueError(
-                f"the pretrained model has {name} {theirs}, this one {ours}: they must be equal")
+    check_transfer(source.config, target.config, streams)
     taken, touched = [], set()
 
-    def copy(pairs, what):
-        for a, b in pairs:
-            b.load_state_dict(a.state_dict())
-            touched.update(map(id, b.parameters()))
-        taken.append(what)
+    def copy(a, b):
+        state = a.state_dict()
+        b.load_state_dict({name: state[name] for name in b.state_dict()})
+        touched.update(map(id, b.parameters()))
 
-    encoder, trunk = source.encoder, target.trunk
     for m in streams or target.config.modalities:
-        _known(m, target.config.modalities, "stream")
-        origin = m if m in source.config.modalities else source.config.modalities[0]
+        origin = m if m in source.config.modalities else next(iter(source.config.modalities))
         if origin == m:
-            copy([(source.embed[m].linear, target.embed[m].linear)], f"{m} patch embedding")
-        blocks = list(zip(encoder.path(origin), trunk.path(m), strict=True))
-        copy(blocks, f"{len(blocks)} {m} blocks from {origin}")
+            copy(source.patch_embed[m], target.patch_embed[m])
+            taken.append(f"{m} patch embedding")
+
+        blocks = list(zip(source.encoder.path(origin), target.trunk.path(m), strict=True))
+        for a, b in blocks:
+            copy(a, b)
+        taken.append(f"{len(blocks)} {m} blocks from {origin}")
+
         if target.config.trunk != "mbt":
-            norms = zip(encoder.stacks(origin), trunk.stacks(m), strict=True)
-            copy([(a.norm, b.norm) for a, b in norms], f"{m} norms")
-        elif encoder.plan[-1][0] != "separate":  # two norms cannot become MBT's one
-            copy([(encoder.stacks(origin)[-1].norm, trunk.norm)], "final norm")
+            for a, b in zip(source.encoder.stacks(origin), target.trunk.stacks(m), strict=True):
+                copy(a.norm, b.norm)
+            taken.append(f"{m} norms")
+        elif source.encoder.plan[-1][0] != "separate":  # else a norm for each, and MBT has one
+            copy(source.encoder.stacks(origin)[-1].norm, target.trunk.norm)
+            taken.append("final norm")
+
     return taken, [name for name, p in target.named_parameters() if id(p) not in touched]
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: {"config": plain dict, "model": state_dict, ...}
+def check_transfer(source, target, streams):
+    """UserError unless a model of the one config can initialize one of the other."""
+    require(
+        source.size == target.size,
+        f"the pretrained model has {source.size}, this one {target.size}: they must be equal")
+
+    for m in streams or target.modalities:
+        require(
+            m in target.modalities, f"no stream {m!r}: choose of {', '.join(target.modalities)}")
+        patches = {x.modalities[m].patch for x in (source, target) if m in x.modalities}
+        require(
+            len(patches) == 1, f"the two models have {m} patches of {patches}: they must be equal")
 
 
-def describe(config):
-    """A config as a dict of plain lists, numbers and strings."""
+# =============================================================================================
+# Nothing below belongs to the paper: checkpoints, and other people's weights
+# =============================================================================================
+
+# A checkpoint is {"config": plain dict, "model": state_dict, ...}
+
+
+def to_dict(config):
+    """A config as plain dicts, lists, numbers and strings."""
     return {"kind": type(config).__name__, **json.loads(json.dumps(asdict(config)))}
 
 
-def configure(described):
-    """The inverse of `describe`."""
+def from_dict(values):
+    """The inverse of `to_dict`."""
 
     def frozen(x):
-        if isinstance(x, dict):
-            return {k: frozen(v) for k, v in x.items()}
         return tuple(map(frozen, x)) if isinstance(x, list) else x
 
-    values = frozen(described)
+    values = {name: frozen(x) for name, x in values.items()}
     kind = {"PretrainConfig": PretrainConfig, "ClassifierConfig": ClassifierConfig}[
         values.pop("kind")]
-    sizes = {k: Size(*v) for k, v in values.items() if k in ("size", "decoder_size")}
-    return kind(**{**values, **sizes})
+
+    for name in {"size", "decoder_size"} & values.keys():
+        values[name] = Size(**values[name])
+    values["modalities"] = {
+        m: Modality(**{name: frozen(x) for name, x in modality.items()})
+        for m, modality in values["modalities"].items()}
+
+    return kind(**values)
 
 
 def build(config):
@@ -682,12 +847,14 @@ def build(config):
 
 
 def save(model, path, **extra):
-    """Weights and settings in one file that `load` takes; safetensors by that suffix.
+    """Weights and settings in one file that `load_model` takes; safetensors by that suffix.
 
-    Written beside `path` and moved there: it is whole or not there at all. OSError on a full disk.
+    Written beside `path` and moved there: it is whole or not there at all. UserError if the disk
+    is full.
     """
-    config, state = describe(model.config), model.state_dict()
+    config, state = to_dict(model.config), model.state_dict()
     partial = pathlib.Path(f"{path}.partial")
+
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import save_file
@@ -697,316 +864,324 @@ def save(model, path, **extra):
             torch.save({"config": config, "model": state, **extra}, partial)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise OSError(
+        raise UserError(
             f"could not save {path}: {str(error).splitlines()[0]}. What was saved before is still "
             "there") from None
+
     os.replace(partial, path)
 
 
-def load(path, **assume):
-    """The model of a checkpoint in eval mode: ours, the authors' (Flax), or a ViT in timm's names.
+def load_model(path, **assume):
+    """The model of a checkpoint in eval mode: ours, the authors' (Flax), or a ViT of others.
     Its `notes` say what was assumed, changed or left out of a foreign file.
 
-    assume: what a foreign file cannot tell, see `from_official`. ValueError if it is none of these.
+    assume: what a foreign file cannot tell, see `from_official`. UserError if it is none of these.
     """
-    checkpoint = read(path, **assume)
-    model = build(configure(checkpoint["config"]))
+    checkpoint = load_checkpoint(path, **assume)
+    try:
+        model = build(from_dict(checkpoint["config"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} has settings of another version ({error!r})") from None
+
     missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
     missing = [name for name in missing if not name.startswith(tuple(checkpoint.get("fresh", ())))]
-    if missing or unexpected:
-        raise ValueError(
-            f"{path} does not fit its own settings: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}")
+    require(
+        not missing and not unexpected,
+        f"{path} does not fit its own settings: missing {missing[:3]}, unexpected {unexpected[:3]}")
+
     model.notes = checkpoint.get("notes", [])
     return model.eval()
 
 
-def read(path, **assume):
+def load_checkpoint(path, **assume):
     """A checkpoint file as a dict {"config", "model", ...}; never runs code from it."""
     try:
         with open(path, "rb") as file:
-            start = file.read(9)
-        if str(path).endswith(".safetensors"):
-            return _read_safetensors(path)
-        if start[:2] != b"PK":
-            return from_official(_read_flax(path), **assume)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            zipped = file.read(2) == b"PK"  # as torch.save writes
+
+        checkpoint = (
+            torch.load(path, map_location="cpu", weights_only=True)
+            if zipped
+            else read_foreign(path))
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a checkpoint that can be read safely: "
             f"{str(error).strip().splitlines()[0]}") from None
-    if isinstance(checkpoint, dict) and "config" in checkpoint:
-        return checkpoint
-    return from_vit(checkpoint)
 
-
-def _read_safetensors(path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            state, about = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    if "config" not in about:
-        return from_vit(state)
-    return {
-        "config": json.loads(about["config"]), "model": state,
-        **json.loads(about.get("extra", "{}"))}
+    ours = isinstance(checkpoint, dict) and "config" in checkpoint
+    return checkpoint if ours else from_foreign(checkpoint, **assume)
 
 
 # ---------------------------------------------------------------------------------------------
-# Other people's weights. A table of names per source; shapes tell the sizes.
-
-OFFICIAL_NAMES = [  # of the authors' release (scenic), applied in order to "a/b/c"; rgb = video
-    (r"_(spectrogram|spec)(?=/|$)", "_audio"),
-    (r"_rgb(?=/|$)", "_video"),
-    (r"^embedding/", "embed.video.linear/"),
-    (r"^embedding_(\w+)/", r"embed.\1.linear/"),
-    (r"^Encoder_modality_token_", "embed.TOKEN."),
-    (r"^Decoder_modality_token_", "decoder_token."),
-    (r"^(decoder_projection|mask_token|output_projection)_", r"\1."),
-    (r"^decoder_projection", "project"),
-    (r"^(ProjectionHeadAndClassifier_0/)?output_projection", "head"),
-    (r"^bottleneck$", "trunk.bottleneck"),
-    (r"^Transformer_concat/", "encoder.stages.1.all/"),
-    (r"^Decoder_concat/", "decoder.stages.1.all/"),
-    (r"^Transformer_(\w+?)/", r"encoder.stages.0.\1/"),
-    (r"^Decoder_(\w+?)/", r"decoder.stages.0.\1/"),
-    (r"^Transformer/", "encoder.stages.0.all/"),
-    (r"^Decoder/", "decoder.stages.0.all/"),
-    (r"encoderblock_", "blocks."),
-    (r"encoder_norm", "norm"),
-    (r"LayerNorm_0", "norm1"),
-    (r"LayerNorm_1", "norm2"),
-    (r"MlpBlock_0/Dense_0", "mlp.0"),
-    (r"MlpBlock_0/Dense_1", "mlp.2"),
-    (r"MultiHeadDotProductAttention_0/out", "attn.out"),
-    (r"MultiHeadDotProductAttention_0/(query|key|value)", "attn.qkv"),
-    (r"(kernel|scale)$", "weight"),
-    (r"embed\.TOKEN\.(\w+)", r"embed.\1.token"),
-    (r"/", "."),
-]
-MBT_NAMES = [  # the same stacks as MBT's
-    (r"^encoder\.stages\.0\.all\.blocks\.(\d+)_audio", r"trunk.blocks.audio.\1"),
-    (r"^encoder\.stages\.0\.all\.blocks\.(\d+)", r"trunk.blocks.FIRST.\1"),
-    (r"^encoder\.stages\.0\.all\.norm", "trunk.norm"),
-]
+# Other people's weights, by a table of names for each source
 
 
-def official_name(path, first=None):
-    """An official parameter's name in our model, and which of q, k, v (0, 1, 2) it is, or None.
+def read_foreign(path):
+    """A file that torch.save did not write -> a checkpoint of ours, or tensors by name. UserError
+    if it is neither safetensors (told by the suffix) nor Flax's, or damaged."""
+    try:
+        return read_safetensors(path) if str(path).endswith(".safetensors") else read_flax(path)
+    except Exception as error:  # whatever a parser makes of damaged bytes
+        raise UserError(
+            f"{path} is neither a checkpoint of ours, nor an intact one of safetensors or Flax "
+            f"({type(error).__name__}: {' '.join(str(error).split())})") from None
 
-    first: for a finetuned model (MBT), the modality of the blocks that name none.
-    """
-    name = path
-    for pattern, ours in OFFICIAL_NAMES + (MBT_NAMES if first else []):
-        name = re.sub(pattern, ours, name)
-    part = re.search(r"/(query|key|value)/", path)
-    return name.replace("FIRST", first or ""), part and ("query", "key", "value").index(part[1])
+
+def read_safetensors(path):
+    """{name: tensor}, or a checkpoint of ours, which has its config in the metadata."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        state, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    if "config" not in about:
+        return state
+
+    return {"config": json.loads(about["config"]), "model": state} | json.loads(about["extra"])
 
 
-def official_tensor(path, array):
-    """An official array as our weight: kernels are (..., in, out) there, (out, in) here."""
-    if path.startswith("embedding") and array.ndim == 4:  # equal channels in: one channel, summed
-        array = array.sum(2, keepdim=True)
-    if not path.endswith("kernel"):
-        return array.flatten() if path != "bottleneck" else array[0]
-    inputs = 1 if re.search("/(query|key|value)/", path) else array.ndim - 1
-    return array.flatten(inputs).flatten(0, inputs - 1).T.contiguous()
+def read_flax(path):
+    """{"a/b/c": tensor} of a msgpack file, in Flax's old layout or its new one."""
+    import msgpack
+
+    def array(code, data):
+        shape, dtype, numbers = msgpack.unpackb(data)
+        return torch.frombuffer(bytearray(numbers), dtype=getattr(torch, dtype)).reshape(shape)
+
+    def flat(tree, prefix=""):
+        for name, x in tree.items():
+            yield from flat(x, f"{prefix}{name}/") if isinstance(x, dict) else [(prefix + name, x)]
+
+    with open(path, "rb") as file:
+        tree = msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)
+    for key in "optimizer", "target", "params":
+        tree = tree.get(key, tree)
+
+    return dict(flat(tree))
+
+
+def from_foreign(state, **assume):
+    """Other people's tensors by name -> {"config", "model", "notes", "fresh"}: `fresh` is what
+    they don't have of our model. UserError if they are of nobody that we know."""
+    for key in "model", "state_dict", "module":
+        state = state.get(key, state) if isinstance(state, dict) else {}
+    state = {str(name): x.detach().float() for name, x in state.items() if torch.is_tensor(x)}
+    official = any(name.startswith("Transformer") for name in state)
+
+    try:
+        return from_official(state, **assume) if official else from_vit(state)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            "neither a checkpoint of ours, nor the authors' AV-MAE or MBT, nor a ViT in the names "
+            f"of timm or Hugging Face ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from None
+
+
+def rename(name, table):
+    """A name after all replacements of a table, in order."""
+    for pattern, replacement in table.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+# The authors' release (scenic)
+
+OFFICIAL_HEAD = "ProjectionHeadAndClassifier_0/output_projection"
+OFFICIAL_MODALITIES = {"video": "rgb", "audio": "spectrogram"}
+OFFICIAL = {  # ours: theirs
+    r"\.video": "_rgb",
+    r"\.audio": "_spectrogram",
+    r"^patch_embed(\w+)\.proj": r"embedding\1",
+    r"^patch_embed(\w+)\.modality_embed": r"Encoder_modality_token\1",
+    r"^decoder_modality_embed": "Decoder_modality_token",
+    r"^decoder_embed": "decoder_projection",
+    r"^decoder_pred": "output_projection",
+    r"^head": OFFICIAL_HEAD,
+    r"^trunk\.bottleneck": "bottleneck",
+    r"^(encoder|trunk)\.": "Transformer.",
+    r"^decoder\.": "Decoder.",
+    r"\.stages\.0(\.all)?": "",
+    r"\.stages\.1\.all": "_concat",
+    r"\.blocks(\w*)\.(\d+)": r".encoderblock_\2\1",
+    r"(norm\d?)\.weight": r"\1.scale",
+    r"\.weight": ".kernel",
+    r"\.norm1": ".LayerNorm_0",
+    r"\.norm2": ".LayerNorm_1",
+    r"\.norm\.": ".encoder_norm.",
+    r"attn\.": "MultiHeadDotProductAttention_0.",
+    r"_0\.proj": "_0.out",
+    r"mlp\.fc1": "MlpBlock_0.Dense_0",
+    r"mlp\.fc2": "MlpBlock_0.Dense_1",
+    r"\.": "/",
+}
+OFFICIAL_ALIASES = {r"^embedding/": "embedding_rgb/", r"_spec/": "_spectrogram/"}  # theirs: theirs
 
 
 def from_official(params, encoder=None, decoder="shared", objective="joint", fusion_layer=None):
-    """The authors' parameters {path: tensor} -> a checkpoint dict.
+    """The authors' parameters {"a/b/c": tensor} -> a checkpoint dict.
 
     The arguments are what parameters cannot tell: whether a single encoder was early or shared, a
     single decoder early or shared, the objective, and the first fused layer of MBT (if None: 18 for
     527 classes in 24 layers, else 2/3 of the depth).
     """
-    finetuned = "ProjectionHeadAndClassifier_0/output_projection/bias" in params
-    first = (
-        ("video" if any(re.match("embedding(_rgb)?/", p) for p in params) else "audio")
-        if finetuned
-        else None)
-    state, parts = {}, {}
-    for path, array in params.items():
-        name, slot = official_name(path, first)
-        if slot is None:
-            state[name] = official_tensor(path, array)
-        else:
-            parts.setdefault(name, {})[slot] = official_tensor(path, array)
-    try:
-        state.update({name: torch.cat([p[0], p[1], p[2]]) for name, p in parts.items()})
-        config, notes = _official_config(
-            params, state, finetuned, fusion_layer, encoder, decoder, objective)
-        with torch.device("meta"):
-            wanted = build(config).state_dict()
-    except (KeyError, IndexError, StopIteration, RuntimeError) as error:
-        raise ValueError(
-            f"these are not the parameters of a released AV-MAE or MBT: {error!r}") from None
-    unused = sorted(set(state) - set(wanted))
-    if unused:
-        notes.append(f"left out, unused by this model: {', '.join(unused)}")
-    return {
-        "config": describe(config), "notes": notes,
-        "model": {k: v for k, v in state.items() if k in wanted}}
+    params = {rename(path, OFFICIAL_ALIASES): x for path, x in params.items()}
+    modalities = {}
+    for m, theirs in OFFICIAL_MODALITIES.items():
+        kernel = params.get(f"embedding_{theirs}/kernel")  # (t, [h,] w, channels, D)
+        if kernel is not None:
+            modalities[m] = replace(MODALITIES[m], patch=tuple(kernel.shape[:-2]))
+            if m == "audio":  # three equal channels are one, weights summed
+                params[f"embedding_{theirs}/kernel"] = kernel.sum(-2)
 
-
-def _official_size(params, prefix):
-    """Size of the official "Transformer" or "Decoder", its joint layers, names of its stacks."""
-    blocks = [p for p in params if p.startswith(prefix)]
-    query = next(params[p] for p in blocks if p.endswith("query/kernel"))
-    mlp = next(params[p] for p in blocks if p.endswith("Dense_0/bias"))
-    stacks = {}  # {stack: its blocks}; a modality goes through its own stack, then the joint one
-    for found in (re.match(r"(\w+)/encoderblock_(\d+)(_spec)?/", p) for p in blocks):
-        if found:
-            stacks.setdefault(found[1] + (found[3] or ""), set()).add(found[2])
-    joint = len(stacks.pop(f"{prefix}_concat", ()))
-    layers = max(map(len, stacks.values())) + joint
-    return Size(query.shape[0], layers, query.shape[1], len(mlp)), joint, set(stacks)
-
-
-def _official_config(params, state, finetuned, fusion_layer, *strategies):
-    """The config that official parameters tell, and notes on what was assumed."""
-    size, joint, stacks = _official_size(params, "Transformer")
-    kernels = {
-        ("video" if a.ndim == 5 else "audio"): tuple(a.shape[:-2])
-        for p, a in params.items()
-        if p.startswith("embedding") and p.endswith("kernel")}
-    common = {
-        "modalities": tuple(m for m in MODALITIES if f"embed.{m}.linear.weight" in state),
-        "size": size, "patch": {**Inputs().patch, **kernels},
-        "modality_tokens": any(".token" in name for name in state)}
-    if finetuned:
-        return _official_classifier(common, len(state["head.bias"]), fusion_layer)
-    return _official_pretraining(common, params, joint, stacks, *strategies)
-
-
-def _official_classifier(common, classes, fusion_layer):
-    layers, norm, notes = common["size"].layers, dict(Inputs().norm), []
-    if fusion_layer is None:
-        fusion_layer = 18 if (classes, layers) == (527, 24) else layers * 2 // 3
-    if len(common["modalities"]) == 2:
-        notes.append(f"assumed: fusion layer {fusion_layer} of {layers}")
-    if classes == 527:
-        norm["audio"] = (1.102, 2.762)
-        notes.append("527 classes: spectrograms are normalised by mean 1.102, std 2.762")
-    heads = (97, 300) if classes == 397 else (classes,)
-    return ClassifierConfig(**common, fusion_layer=fusion_layer, norm=norm, classes=heads), notes
-
-
-def _official_pretraining(common, params, joint, stacks, encoder, decoder, objective):
-    if joint or "Transformer" not in stacks:
-        encoder = "mid" if joint else "separate"
-    elif encoder not in ("early", "shared"):
-        raise ValueError(
-            "one encoder for both modalities is early or shared, which its parameters "
-            "don't tell: say encoder='early' or encoder='shared'")
-    decoder_size, _, stacks = _official_size(params, "Decoder")
-    note = f"assumed: objective {objective}"
-    if "Decoder" in stacks:
-        note += f", decoder {decoder}"
+    if f"{OFFICIAL_HEAD}/bias" in params:
+        config, notes = official_classifier(params, modalities, fusion_layer)
+        first = OFFICIAL_MODALITIES[next(iter(modalities))]  # whose blocks name no modality
+        params = {re.sub(r"(block_\d+)/", rf"\1_{first}/", path): x for path, x in params.items()}
     else:
-        decoder = "separate"
+        config, notes = official_pretraining(params, modalities, encoder, decoder, objective)
+
+    with torch.device("meta"):
+        wanted = build(config).state_dict()
+    state = {name: official_tensor(params, name, x.shape) for name, x in wanted.items()}
+    if params:
+        notes.append(f"left out, unused by this model: {', '.join(sorted(params))}")
+
+    return {"config": to_dict(config), "model": state, "notes": notes, "fresh": []}
+
+
+def official_tensor(params, name, shape):
+    """Takes what we call `name` out of their parameters."""
+    path = rename(name, OFFICIAL)
+    parts = ("query", "key", "value") if "qkv" in path else ("",)
+    tensors = [params.pop(path.replace("qkv", part)) for part in parts]
+
+    if path.endswith("kernel"):  # its first axes are the inputs: of a patch, of heads, or just one
+        tensors = [x.reshape(shape[1], -1).T for x in tensors]
+    return torch.cat(tensors).reshape(shape)
+
+
+def official_size(params, part):
+    """Size of their "Transformer" or "Decoder", its joint layers, and whether it is one stack."""
+    names = [path for path in params if path.startswith(part)]
+    query = [params[path] for path in names if path.endswith("query/kernel")][0]
+    mlp_bias = [params[path] for path in names if path.endswith("Dense_0/bias")][0]
+
+    blocks = {block[0] for block in (re.match(r"\w+/\w+block_\d+", p) for p in names) if block}
+    stacks = [block.split("/")[0] for block in blocks]
+    joint = stacks.count(f"{part}_concat")
+    depth = joint + max(stacks.count(stack) for stack in stacks if not stack.endswith("_concat"))
+
+    return Size(query.shape[0], depth, query.shape[1], len(mlp_bias)), joint, part in stacks
+
+
+def official_classifier(params, modalities, fusion_layer):
+    """The config of a finetuned model, and notes on what was assumed."""
+    size, _, _ = official_size(params, "Transformer")
+    classes, notes = len(params[f"{OFFICIAL_HEAD}/bias"]), []
+
+    if fusion_layer is None:
+        fusion_layer = 18 if (classes, size.depth) == (527, 24) else size.depth * 2 // 3
+    if len(modalities) > 1:
+        notes.append(f"assumed: fusion layer {fusion_layer} of {size.depth}")
+    if classes == 527 and "audio" in modalities:
+        modalities["audio"] = replace(modalities["audio"], mean=1.102, std=2.762)
+        notes.append("527 classes: spectrograms are normalized by mean 1.102, std 2.762")
+
+    heads = (97, 300) if classes == 397 else (classes,)  # Epic Kitchens' verbs and nouns
+    return ClassifierConfig(modalities, size, fusion_layer=fusion_layer, num_classes=heads), notes
+
+
+def official_pretraining(params, modalities, encoder, decoder, objective):
+    """The config of a pretrained model, and notes on what was assumed."""
+    size, joint, one = official_size(params, "Transformer")
+    require(
+        not one or encoder in ("early", "shared"),
+        "one encoder for both modalities is early or shared, which its parameters don't tell: say "
+        "encoder='early' or encoder='shared'")
+    if not one:
+        encoder = "mid" if joint else "separate"
+
+    decoder_size, _, one = official_size(params, "Decoder")
+    note = f"assumed: objective {objective}" + (f", decoder {decoder}" if one else "")
     config = PretrainConfig(
-        **common, decoder_size=decoder_size, encoder=encoder, decoder=decoder,
-        objective=objective, joint_layers=joint or 2, allow_uncoupled=True)
+        modalities, size, decoder_size, encoder, decoder if one else "separate", objective,
+        num_joint=joint or 2, allow_uncoupled=True,
+        modality_embed=any(path.startswith("Encoder_modality_token") for path in params))
+
     return config, [note]
 
 
-def _read_flax(path):
-    """A Flax msgpack file -> {"a/b/c": tensor} of its parameters (old and new layout)."""
-    import msgpack
+# A ViT: the names of our blocks are timm's, which DeiT, MAE and VideoMAE share
 
-    def array(code, data):
-        if code not in (1, 3):
-            raise ValueError(f"unknown data of type {code}")
-        shape, kind, numbers = msgpack.unpackb(data)
-        if kind not in ("float32", "float16", "bfloat16", "int32", "int64", "uint32", "bool"):
-            raise ValueError(f"unknown number type {kind!r}")
-        return torch.frombuffer(bytearray(numbers), dtype=getattr(torch, kind)).reshape(shape)
-
-    def flat(tree, prefix=""):
-        for key, value in tree.items():
-            yield from (
-                flat(value, f"{prefix}{key}/")
-                if isinstance(value, dict)
-                else [(f"{prefix}{key}", value)])
-
-    try:
-        with open(path, "rb") as file:
-            tree = msgpack.unpackb(file.read(), ext_hook=array, strict_map_key=False)
-        for key in "optimizer", "target", "params":
-            tree = tree.get(key, tree)
-        return {
-            name: value.float() for name, value in flat(tree) if isinstance(value, torch.Tensor)}
-    except (ValueError, TypeError, AttributeError, RuntimeError, msgpack.UnpackException) as error:
-        raise ValueError(
-            f"{path} is neither a checkpoint of ours nor an intact Flax checkpoint "
-            f"({type(error).__name__}: {error})") from None
-
-
-VIT_NAMES = [  # timm's, which DeiT, MAE and VideoMAE share
-    (r"^(module|model|encoder|backbone)\.", ""),
-    (r"^blocks\.", "encoder.stages.0.all.blocks."),
-    (r"^(fc_)?norm\.", "encoder.stages.0.all.norm."),
-    (r"\.attn\.proj\.", ".attn.out."),
-    (r"\.mlp\.fc1\.", ".mlp.0."),
-    (r"\.mlp\.fc2\.", ".mlp.2."),
-]
+TIMM = {
+    r"^((module|model|encoder|backbone)\.)+": "",
+    r"^fc_norm\.": "norm.",
+    r"\.attn\.([qv])_bias": r".attn.\1.bias",  # VideoMAE
+}
+HUGGING_FACE = {  # ViT, ViTMAE and VideoMAE, in files and (the second of two) in memory
+    r"^((vit|videomae|encoder)\.)+": "",
+    r"^embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+    r"^embeddings\.": "",
+    r"^layers?\.": "blocks.",
+    r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)?[._]": r".attn.\2.",
+    r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.",
+    r"\.output\.dense\.": ".mlp.fc2.",
+    r"\.layernorm_before\.": ".norm1.",
+    r"\.layernorm_after\.": ".norm2.",
+    r"^layernorm\.": "norm.",
+}
 
 
 def from_vit(state):
-    """A ViT in timm's names -> a checkpoint dict of a shared encoder (Tables 6, 9).
+    """A ViT in the names of timm or Hugging Face -> a checkpoint dict of a shared encoder
+    (Tables 6, 9). Class token, positions, heads and decoders are left."""
+    vit = {rename(name, TIMM | HUGGING_FACE): x for name, x in state.items()}
+    kernel, bias = vit.pop("patch_embed.proj.weight"), vit.pop("patch_embed.proj.bias")
+    names = [name for name in vit if name.startswith(("blocks.", "norm."))]
+    ours = {f"encoder.stages.0.all.{name}": vit.pop(name) for name in names}
 
-    The patch embedding of an image goes to the central frame of the tubelet, its channel sum to
-    audio. Class token, positions, heads and decoders are left. ValueError if it is no ViT.
-    """
-    for key in "model", "state_dict", "module":
-        state = state.get(key, state) if isinstance(state, dict) else {}
-    ours, left = {}, []
-    for name, value in state.items():
-        for pattern, replacement in VIT_NAMES:
-            name = re.sub(pattern, replacement, name)
-        keep = name.startswith("encoder.stages") or re.match(r"patch_embed\.proj\.", name)
-        ours[name] = value if keep else left.append(name)
-    ours = {name: value for name, value in ours.items() if value is not None}
-    if "patch_embed.proj.weight" not in ours:
-        raise ValueError(
-            "neither a checkpoint of ours nor a ViT in timm's names (no patch_embed.proj.weight)")
-    for name in [n for n in ours if n.endswith(".q_bias")]:  # VideoMAE: the key has no bias
-        q, v = ours.pop(name), ours.pop(name.replace(".q_bias", ".v_bias"))
-        ours[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
-    kernel, bias = ours.pop("patch_embed.proj.weight"), ours.pop("patch_embed.proj.bias")
-    size, patch, embeds = _vit_embeddings(ours, kernel)
-    for m, weight in embeds.items():
-        ours |= {f"embed.{m}.linear.weight": weight, f"embed.{m}.linear.bias": bias}
-    config = PretrainConfig(modalities=tuple(embeds), size=size, patch=patch, encoder="shared")
+    width, depth = len(bias), len({name.split(".")[1] for name in names if name[0] == "b"})
+    for i in range(depth):
+        fuse(ours, f"encoder.stages.0.all.blocks.{i}.attn", width)
+    modalities = {}
+    for m, (modality, weight) in vit_embeddings(kernel).items():
+        modalities[m] = modality
+        ours |= {f"patch_embed.{m}.proj.weight": weight, f"patch_embed.{m}.proj.bias": bias}
+
+    heads = {size.width: size.num_heads for size, _ in SIZES.values()}  # parameters don't tell
+    mlp_dim = len(ours["encoder.stages.0.all.blocks.0.mlp.fc1.bias"])
+    size = Size(width, depth, heads.get(width, max(1, width // 64)), mlp_dim)
+    config = PretrainConfig(modalities, size, encoder="shared")
     notes = [
-        f"a ViT of {size}: patch embedding {tuple(kernel.shape)} for {' and '.join(embeds)}",
-        f"left: {', '.join(left) or 'nothing'}",
-        "note: these weights may have been trained with the erf GELU and another LayerNorm epsilon"]
-    return {
-        "config": describe(config), "model": ours, "notes": notes,
-        "fresh": ["decoder.", "project.", "mask_token.", "head."]}
+        f"a ViT of {size}: patch embedding {tuple(kernel.shape)} for {' and '.join(modalities)}",
+        f"left: {', '.join(sorted({name.split('.')[0] for name in vit})) or 'nothing'}",
+        "these weights may have been trained with the erf GELU and another LayerNorm epsilon"]
+
+    fresh = ["decoder", "mask_token"] + ["encoder.stages.0.all.norm"] * ("norm.weight" not in names)
+    return {"config": to_dict(config), "model": ours, "notes": notes, "fresh": fresh}
 
 
-def _vit_embeddings(state, kernel):
-    """kernel (D, channels, [t,] h, w) -> size, patch sizes, {m: (D, P)}."""
-    width, channels, *patch = kernel.shape
-    layers = 1 + max(int(re.search(r"blocks\.(\d+)", n)[1]) for n in state if "blocks" in n)
-    known = [s.heads for s, _ in SIZES.values() if s.width == width]  # parameters don't tell heads
-    mlp = len(state["encoder.stages.0.all.blocks.0.mlp.0.bias"])
-    size = Size(width, layers, known[0] if known else max(1, width // 64), mlp)
-    if kernel.ndim == 4:  # an image: at the central frame of the tubelet
-        frames = torch.zeros(width, channels, 2, *patch)
-        frames[:, :, 1] = kernel
-        kernel = frames
-    embeds = {
-        "video": rearrange(kernel, "d c t h w -> d (t h w c)"),
-        "audio": rearrange(kernel.sum((1, 2)), "d h w -> d (h w)")}
-    if channels == 1:
-        del embeds["video"]
-    return size, {"video": tuple(kernel.shape[2:]), "audio": tuple(patch[-2:])}, embeds
+def fuse(state, attn, width):
+    """Separate q, k and v become one layer; a bias that is not there is 0 (VideoMAE's of k)."""
+    if f"{attn}.q.weight" in state:
+        weights = [state.pop(f"{attn}.{part}.weight") for part in "qkv"]
+        state[f"{attn}.qkv.weight"] = torch.cat(weights)
+
+    biases = [state.pop(f"{attn}.{part}.bias", torch.zeros(width)) for part in "qkv"]
+    state.setdefault(f"{attn}.qkv.bias", torch.cat(biases))
+
+
+def vit_embeddings(kernel):
+    """kernel (D, channels, [t,] h, w) -> {m: (Modality, weight (D, P))}."""
+    if kernel.ndim == 4:  # an image, put at the central frame of the tubelet
+        frames = VIDEO.patch[0]
+        kernel = F.pad(kernel[:, :, None], (0, 0, 0, 0, frames // 2, (frames - 1) // 2))
+    _, channels, *patch = kernel.shape
+
+    video = replace(VIDEO, patch=tuple(patch)), rearrange(kernel, "d c t h w -> d (t h w c)")
+    audio = replace(AUDIO, patch=tuple(patch[1:])), kernel.sum((1, 2)).flatten(1)
+    return {"audio": audio} if channels == 1 else {"video": video, "audio": audio}

@@ -1,28 +1,33 @@
 """Clips for Audiovisual Masked Autoencoders: video files with sound, or generated ones.
 
-    files, annotations -> Index -> Clips[(epoch, i)] -> {"audio": (T, F), "video": (T, H, W, 3)}
+    files, annotations -> Index -> Clips[epoch, i, draw] -> {"audio": (T, F), "video": (T, H, W, 3)}
 
 A clip is cut by time: frames and sound of the same moments, whatever the file's own rates (paper
-Sec. 4.1). All randomness comes from (seed, epoch, i), and batch k from (seed, k): order, crops and
-masks depend neither on the number of processes nor on where a run was resumed.
+Sec. 4.1). All randomness comes from (seed, epoch, i, draw), and batch k from (seed, k): order and
+crops depend neither on the number of processes or workers nor on where a run was resumed.
 
     python data.py check clips/            # what is unreadable, silent, too short, and why
     python data.py prepare clips/ small/   # re-encodes once, for fast reading
 """
 
 import argparse
+import collections
 import contextlib
 import csv
+import errno
 import functools
 import gc
 import hashlib
-import io
+import itertools
 import math
 import os
 import pathlib
+import re
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+import warnings
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -30,24 +35,33 @@ import av
 import numpy as np
 import torch
 import torchaudio
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from torchvision.transforms.v2 import functional as transforms
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 MODALITIES = ("video", "audio")
-# Containers with pictures and sound of their own: a playlist named .mp4 could point anywhere.
-CONTAINERS = "mov,mp4,m4a,3gp,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+SOUND_SUFFIXES = (".wav", ".flac", ".m4a", ".mp3", ".ogg")  # found where no picture is asked for
+# Containers with pictures and sound of their own: a playlist named .mp4 could point anywhere.
+CONTAINERS = "mov,mp4,m4a,3gp,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,wav,flac,mp3"
+
 SAMPLE_RATE = 16_000  # Hz
 HOP = 160  # samples: 10 ms
 MEL_WINDOW = 400  # samples: 25 ms
 N_FFT = 1024
 MEL_OFFSET = 0.01  # in log(mel + offset)
+
 PREROLL = 0.25  # s of sound decoded ahead: codecs need some time to settle after a seek
 SLACK = 0.25  # s by which stamps and samples of a track may disagree
 TIME_LIMIT = 60.0  # s to read a clip; a file that takes longer is a bad file
+
 av.logging.set_level(av.logging.PANIC)  # a damaged file is told by name, once
 AV_ERRORS = (av.error.FFmpegError, OSError, ValueError, IndexError, EOFError)
+# A title in a foreign encoding must not make a file unreadable: PyAV 19 escapes it by itself.
+FOREIGN_TITLES = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 
 class UserError(ValueError):
@@ -55,14 +69,6 @@ class UserError(ValueError):
 
     def __init__(self, sentence):  # a data worker passes it on at the end of a traceback
         super().__init__(str(sentence).rsplit("UserError: ", 1)[-1].strip())
-
-
-def one_sentence(kind, error, trace):
-    """For sys.excepthook: what a user or a disk causes is told in a sentence, without a trace."""
-    if issubclass(kind, (ValueError, OSError)):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
 
 
 class ClipError(Exception):
@@ -90,10 +96,15 @@ class Augment:
 
     flip: bool = True  # with probability 0.5
     jitter: tuple = (1.0, 1.0)  # scale of height and of width, before the crop
-    colour: bool = False
+    color: bool = False
     time_shift: bool = False  # circular, uniform, of the spectrogram
     frequency_masks: tuple = (0, 0)  # SpecAugment: how many, up to how many bins
     time_masks: tuple = (0, 0)  # how many, up to how many frames
+
+
+def cpu_count():
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -111,7 +122,7 @@ def log_mel(waveform, mels=128):
     """Log-mel spectrogram of a 16 kHz mono waveform in [-1, 1]: (S,) -> (S // 160, mels).
 
     25 ms Hamming window, 10 ms hop (Sec. 4.1). The paper leaves the rest open; here: FFT of 1024,
-    mel bins from 0 to 8000 Hz (HTK scale), magnitudes, log(mel + 0.01), no normalisation.
+    mel bins from 0 to 8000 Hz (HTK scale), magnitudes, log(mel + 0.01), no normalization.
     """
     return (_mel_transform(mels)(waveform)[:, : len(waveform) // HOP].T + MEL_OFFSET).log()
 
@@ -121,114 +132,150 @@ def log_mel(waveform, mels=128):
 
 
 class Media:
-    """An open video file. Times are in seconds from the earliest stream's start.
+    """An open video file, to be used in a `with`. Times are in seconds from the earliest stream's
+    start.
 
-    ClipError if it cannot be opened, lacks a stream of `modalities`, or is too slow.
+    Whatever goes wrong, on entering or inside, is a ClipError: a file that cannot be opened, that
+    lacks a stream of `modalities`, that cannot be decoded, or that is too slow.
     """
 
     def __init__(self, path, modalities=MODALITIES):
+        self.path, self.modalities = path, modalities
         self.deadline = time.monotonic() + TIME_LIMIT
-        if not os.path.isfile(path):  # a directory or a pipe, which would block
-            raise ClipError("not a file")
-        try:
-            self.container = av.open(
-                os.fspath(path), timeout=TIME_LIMIT, metadata_errors="replace",
-                options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
-        except AV_ERRORS as error:
-            raise ClipError(f"cannot be opened ({type(error).__name__})") from None
-        streams = self.container.streams
-        found = ([s for s in kind if s.codec_context] for kind in (streams.video, streams.audio))
-        self.video, self.audio = (usable[0] if usable else None for usable in found)
-        if "video" in modalities and self.video is None:
-            self.close()
-            raise ClipError("no picture")
-        if "audio" in modalities and self.audio is None:
-            self.close()
-            raise ClipError("no audio track")
-        used = [s for s in (self.video, self.audio) if s is not None]
-        self.origin = min(
-            float(s.start_time * s.time_base) if s.start_time is not None else 0.0 for s in used)
-        if self.video is not None:
-            self.video.codec_context.thread_count = 1  # workers share the cores
         self.scaler = VideoReformatter()
-
-    def close(self):
-        self.container.close()
+        self.container = None
 
     def __enter__(self):
+        if not os.path.isfile(self.path):  # a directory or a pipe, which would block
+            raise ClipError("not a file")
+
+        try:
+            self.container = av.open(
+                os.fspath(self.path), timeout=TIME_LIMIT, **FOREIGN_TITLES,
+                options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+            self.choose_streams()
+
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind, error, _):
-        self.close()
-        if kind and issubclass(kind, AV_ERRORS):  # whatever went wrong while reading
-            raise ClipError(f"cannot be decoded ({kind.__name__})") from error
+        what = "decoded" if self.container else "opened"
+        if self.container:
+            self.container.close()
+        if isinstance(error, AV_ERRORS) and getattr(error, "errno", None) != errno.ENOSPC:
+            raise ClipError(f"cannot be {what} ({kind.__name__})") from error
+
+    def choose_streams(self):
+        streams = self.container.streams
+        pictures = (s for s in streams.video if not s.disposition & Disposition.attached_pic)
+        found = ([s for s in kind if s.codec_context] for kind in (pictures, streams.audio))
+        self.video, self.audio = (usable[0] if usable else None for usable in found)
+
+        if "video" in self.modalities and self.video is None:
+            raise ClipError("no picture")
+        if "audio" in self.modalities and self.audio is None:
+            raise ClipError("no audio track")
+        used = [s for s in (self.video, self.audio) if s is not None]
+        self.origin = min(
+            (float(s.start_time * s.time_base) for s in used if s.start_time is not None),
+            default=0.0)
+
+        if self.video is not None:
+            self.video.codec_context.thread_count = 1  # workers share the cores
+            if self.video.codec_context.name == "mjpeg":
+                # Else the part of a JPEG that cannot be decoded shows what was decoded before it.
+                # (Codecs that predict do say `is_corrupt`.)
+                self.video.codec_context.options = {"err_detect": "explode"}
 
     def length(self, stream):
         """End of a stream, s; by its header, else its container's, else its last packet."""
         if stream.duration is not None:
             begin = stream.start_time or 0
             return float((begin + stream.duration) * stream.time_base) - self.origin
+
         if self.container.duration is not None:
             return self.container.duration / av.time_base
         times = [
             p.pts + (p.duration or 0) for p in self.container.demux(stream) if p.pts is not None]
         return float(max(times, default=0) * stream.time_base) - self.origin
 
+    def seek(self, stream, start):
+        to = math.floor((start + self.origin) / stream.time_base)
+        if stream.start_time is not None:  # AVI and MP3 refuse to seek before it
+            to = max(to, stream.start_time)
+        self.container.seek(to, stream=stream, backward=True)
+
     def decode(self, stream, start):
         """(time, frame) of a stream from the last keyframe before `start`."""
+        self.seek(stream, start)
+        found = self.decode_on(stream, start)
+        first = next(found, None)
 
-        def seek(to):
-            self.container.seek(
-                math.floor((to + self.origin) / stream.time_base), stream=stream, backward=True)
-
-        def frames():
-            last = start
-            # where every packet is a picture of its own, only those that are shown get decoded
-            intra = stream.type == "video" and stream.codec_context.codec.intra_only
-            for frame in self.container.demux(stream) if intra else self.container.decode(stream):
-                if time.monotonic() > self.deadline:
-                    raise ClipError(f"takes longer than {TIME_LIMIT:g} s to read")
-                if intra and not frame.size:  # the packet that flushes a decoder
-                    continue
-                if frame.pts is not None:
-                    last = float(frame.pts * frame.time_base) - self.origin
-                yield last, frame
-
-        seek(start)
-        first = next(found := frames(), None)
         if first is None or first[0] > start + 1e-3:  # an index that lies: decode it all
-            seek(-1.0)
-            yield from frames()
+            self.seek(stream, -1.0)
+            yield from self.decode_on(stream, start)
         else:
             yield first
             yield from found
 
+    def decode_on(self, stream, last):
+        """(time, frame) from where the file stands. Where every packet is a picture of its own,
+        it is the packet, so that only those that are shown get decoded."""
+        intra = stream.type == "video" and stream.codec_context.codec.intra_only
+        for frame in self.container.demux(stream) if intra else self.container.decode(stream):
+            if time.monotonic() > self.deadline:
+                raise ClipError(f"takes longer than {TIME_LIMIT:g} s to read")
+
+            if intra and not frame.size:  # the packet that flushes a decoder
+                continue
+            if frame.pts is not None:
+                last = float(frame.pts * frame.time_base) - self.origin
+            yield last, frame
+
     def frames(self, times, resize):
         """Yields the pictures shown at increasing `times`: (H, W, 3) uint8 arrays.
 
-        resize: (height, width) of a picture -> of the result. The last frame with pts <= t is t's.
+        resize: (height, width) of a picture -> of the result. A picture is shown from its own time
+        to that of the next; the first also before, the last for another second or two frames.
         """
-        shown, at, k = None, 0.0, 0
-        for at, frame in self.decode(self.video, times[0]):
-            while k < len(times) and at > times[k] + 1e-3:
-                shown = self.picture(frame if shown is None else shown, resize)
-                yield shown
+        tail = max(1.0, 2 / (self.video.average_rate or 2))
+        decoded = itertools.chain(self.decode(self.video, times[0]), [(math.inf, None)])
+        k = 0
+
+        for (at, frame), (until, _) in itertools.pairwise(decoded):
+            picture = None
+
+            while k < len(times) and times[k] + 1e-3 < until:
+                if until == math.inf and times[k] > at + tail:
+                    raise ClipError(f"the picture ends at {at:.2f} s, before its stated end")
+                picture = self.picture(frame, resize) if picture is None else picture
+                yield picture
                 k += 1
+
             if k == len(times):
                 return
-            shown = frame
-        if shown is None:
-            raise ClipError("no picture can be decoded")
-        if times[-1] > at + max(1.0, 2 / (self.video.average_rate or 2)):
-            raise ClipError(f"the picture ends at {at:.2f} s, before its stated end")
-        for _ in times[k:]:
-            shown = self.picture(shown, resize)
-            yield shown
+        raise ClipError("no picture can be decoded")
+
+    def picture(self, frame, resize):
+        """A frame, or a packet that holds one, as upright (H, W, 3) uint8, resized."""
+        if isinstance(frame, av.Packet):
+            frame = frame.decode()[0]
+        if frame.is_corrupt:
+            raise ClipError("a damaged picture")
+
+        turns = round(frame.rotation / 90) % 4  # anticlockwise
+        height, width = frame.height, frame.width
+        height, width = resize(height, width) if turns % 2 == 0 else resize(width, height)[::-1]
+        frame = self.scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
+        return np.rot90(frame.to_ndarray(), turns)
 
     def samples(self, start, stop):
         """Sound from `start` to `stop`: (S,) float32, mono, 16 kHz, NaN where there is none."""
         resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
         parts, begin, heard = [], None, 0.0
+
         for at, frame in self.decode(self.audio, start - PREROLL):
             if at >= stop:
                 break
@@ -236,8 +283,10 @@ class Media:
             if abs(at - begin - heard) > SLACK:
                 raise ClipError(f"a gap in the sound at {at:.2f} s")
             heard += frame.samples / frame.sample_rate
+
             frame.pts = None  # samples are counted from the first
             parts += [f.to_ndarray()[0] for f in resampler.resample(frame)]
+
         sound = np.full(round((stop - start) * SAMPLE_RATE), np.nan, np.float32)
         if begin is not None:
             parts = np.concatenate(parts + [f.to_ndarray()[0] for f in resampler.resample(None)])
@@ -246,41 +295,20 @@ class Media:
             sound[max(0, first) : max(0, first) + len(parts)] = parts
         return sound
 
-    def picture(self, frame, resize):
-        """A frame, or a packet that holds one, as upright (H, W, 3) uint8, resized; an array is one
-        already."""
-        if isinstance(frame, np.ndarray):
-            return frame
-        if isinstance(frame, av.Packet):
-            frame = frame.decode()[0]
-        if frame.is_corrupt:
-            raise ClipError("a damaged picture")
-        turns = _quarter_turns(frame)
-        height, width = frame.height, frame.width
-        height, width = resize(height, width) if turns % 2 == 0 else resize(width, height)[::-1]
-        frame = self.scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
-        return np.rot90(frame.to_ndarray(), turns)
 
-
-def _quarter_turns(frame):
-    """Quarter turns anticlockwise that put a frame upright, from its display matrix."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return 0
-    a, b = np.frombuffer(bytes(matrix), np.int32)[:2]
-    return -round(math.atan2(b, a) / (math.pi / 2)) % 4
-
-
-def segment_of(media, start, end):
+def segment_of(media, start, end, shared=False):
     """The part (start, end) of a file that a row means; all of it if they are NaN. A file is as
     long as its picture.
 
-    A segment that reaches beyond a file of about its own length means that the file is already cut.
+    A segment that reaches beyond a file of about its own length means that the file is already
+    cut, unless other rows share it: nobody knows for which of them.
     """
     length = media.length(media.audio if media.video is None else media.video)
     if not 0 < length < 1e6:
         raise ClipError(f"its stated length is {length:g} s")
-    if math.isnan(start) or (end > length + 0.5 and length <= end - start + 1):
+
+    already_cut = not shared and end > length + 0.5 and length <= end - start + 1
+    if math.isnan(start) or already_cut:
         return 0.0, length
     if start >= length:
         raise ClipError(f"its segment starts at {start:.2f} s, the file ends at {length:.2f} s")
@@ -310,6 +338,7 @@ def read_audio(media, start, begin, end, seconds):
     parts = [media.samples(*interval) for interval in wrapped(start, begin, end, seconds)]
     if all(np.isnan(p).all() for p in parts):
         parts = [media.samples(begin, min(end, begin + 60.0))]
+
     sound = np.concatenate(parts)
     missing = np.isnan(sound)
     if missing.all():
@@ -319,172 +348,96 @@ def read_audio(media, start, begin, end, seconds):
 
 
 # ---------------------------------------------------------------------------------------------
-# Transforms: pure functions of a clip and a random generator
+# Augmentation: torch's random numbers, which `seeded` makes a function of what it is given
 
 
-def resizing(size, short, jitter=(1.0, 1.0)):
-    """(height, width) -> the size at which the short side is `short`, each side times its jitter,
-    and none less than the crop `size`."""
+@contextlib.contextmanager
+def seeded(*numbers):
+    """Inside, torch's random numbers on the CPU depend on `numbers` alone; outside, nothing of it
+    is felt."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int.from_bytes(digest, "big"))
+        yield
+
+
+def resizing(size, short):
+    """(height, width) -> the size at which the short side is `short`, and none less than `size`."""
 
     def resize(height, width):
         scale = short / min(height, width)
-        sides = (2 * round(s * scale * j / 2) for s, j in zip((height, width), jitter))
-        return tuple(max(size, side) for side in sides)  # even, as the frames of prepared files are
+        # even, as the frames of prepared files are
+        return tuple(max(size, 2 * round(side * scale / 2)) for side in (height, width))
 
     return resize
 
 
-def crop(video, size, rng=None):
-    """(T, H, W, 3) -> (T, size, size, 3): at random, or the centre without a generator."""
-    room = video.shape[1] - size, video.shape[2] - size
-    y, x = (int(rng.integers(r + 1)) if rng else r // 2 for r in room)
-    return video[:, y : y + size, x : x + size]
+def center_crop(video, size):
+    """(T, H, W, 3) -> (T, size, size, 3)"""
+    return F.center_crop(video.permute(0, 3, 1, 2), [size, size]).permute(0, 2, 3, 1).contiguous()
 
 
-def colour_jitter(video, rng):
-    """With probability 0.8 brightness, saturation, contrast and hue, then with probability 0.1
-    grayscale (finetuning recipe); one draw for all frames. (T, H, W, 3) uint8 -> same."""
-    x = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float() / 255
-    jittered, gray = rng.random() < 0.8, rng.random() < 0.1
-    brightness, hue = rng.uniform(-32 / 255, 32 / 255), rng.uniform(-0.2, 0.2)
-    saturation, contrast = rng.uniform(0.6, 1.4, 2)
-    if jittered:
-        x = transforms.adjust_saturation((x + brightness).clamp(0, 1), saturation)
-        x = transforms.adjust_hue(transforms.adjust_contrast(x, contrast), hue).clamp(0, 1)
-    if gray:
-        x = transforms.rgb_to_grayscale(x, num_output_channels=3)
-    return (x * 255).round().byte().permute(0, 2, 3, 1).numpy()
+def random_crop(video, size, augment):
+    """(T, H, W, 3) uint8 -> (T, size, size, 3): a box, scaled to `size`, and perhaps a flip.
+
+    To scale the picture's height by j before a crop is to take a box of height size / j.
+    """
+    video = video.permute(0, 3, 1, 2)                                      # (T, 3, H, W)
+    scales = torch.empty(2).uniform_(*augment.jitter).tolist()
+    box = [min(side, round(size / j)) for side, j in zip(video.shape[2:], scales)]
+    video = v2.RandomCrop(box)(video)
+
+    if box != [size, size]:
+        video = F.resize(video, [size, size], antialias=True)
+    if augment.flip:
+        video = v2.RandomHorizontalFlip()(video)
+    return video.permute(0, 2, 3, 1).contiguous()                          # (T, size, size, 3)
 
 
-def spec_augment(mel, augment, rng):
-    """Circular shift, then frequency and time masks of value 0. (T, F) -> (T, F)."""
+COLOR = torch.tensor([  # from, to: whether at all, four changes, whether gray
+    (0, 1), (-32 / 255, 32 / 255), (0.6, 1.4), (0.6, 1.4), (-0.2, 0.2), (0, 1)])
+
+
+def draw_color():
+    """The numbers of a clip's color jitter (finetuning recipe): (6,) float32: 1 with probability
+    0.8, brightness, saturation, contrast, hue in turns, and 1 (for gray) with probability 0.1."""
+    low, high = COLOR.T
+    color = low + (high - low) * torch.rand(6)
+    color[0], color[5] = color[0] < 0.8, color[5] < 0.1
+    return color
+
+
+def color_jitter(video, color):
+    """Changes colors by the numbers of `draw_color`, one draw for all frames of a clip.
+
+    (B, T, H, W, 3) uint8 on any device, (B, 6) on the CPU -> (B, T, H, W, 3) uint8. A device is not
+    waited for.
+    """
+    result = torch.empty_like(video)
+    for clip, out, numbers in zip(video, result, color.tolist()):
+        jittered, brightness, saturation, contrast, hue, gray = numbers
+        x = clip.permute(0, 3, 1, 2).float() / 255                         # (T, 3, H, W)
+
+        if jittered:
+            x = F.adjust_saturation((x + brightness).clamp(0, 1), saturation)
+            x = F.adjust_hue(F.adjust_contrast(x, contrast), hue).clamp(0, 1)
+        if gray:
+            x = F.rgb_to_grayscale(x, num_output_channels=3)
+        out.copy_((x * 255).round().permute(0, 2, 3, 1))
+    return result
+
+
+def spec_augment(mel, augment):
+    """Circular shift, then time and frequency masks of value 0 (which is not silence: that is
+    log 0.01), as the official recipes have them. (T, F) -> (T, F)."""
     if augment.time_shift:
-        mel = mel.roll(int(rng.integers(len(mel))), 0)
-    mel = mel.clone()
-    for axis, (count, widest) in (1, augment.frequency_masks), (0, augment.time_masks):
-        for _ in range(count):
-            width = int(rng.integers(min(widest, mel.shape[axis]) + 1))
-            mel.narrow(axis, int(rng.integers(mel.shape[axis] - width + 1)), width).zero_()
+        mel = mel.roll(int(torch.randint(len(mel), ())), 0)
+
+    for axis, (count, widest) in enumerate((augment.time_masks, augment.frequency_masks)):
+        widest = min(widest, mel.shape[axis] - 1)
+        for _ in range(count):  # torchaudio's masks are narrower than the number it is given
+            mel = torchaudio.functional.mask_along_axis(mel, widest + 1, 0.0, axis)
     return mel
-
-
-# ---------------------------------------------------------------------------------------------
-# The data set
-
-
-class Clips(torch.utils.data.Dataset):
-    """Clips of an Index, addressed by (epoch, i).
-
-    augment None is evaluation: `views` windows at evenly spaced starts (audio on its own), centre
-    crop, and an unreadable clip has no tensors. In training, the next readable one replaces it.
-    """
-
-    def __init__(self, index, window, modalities=MODALITIES, augment=None, seed=0, views=1):
-        self.index, self.window, self.modalities = index, window, modalities
-        self.augment, self.seed, self.views = augment, seed, views
-
-    def __len__(self):
-        return len(self.index)
-
-    def name(self, i):
-        return self.index.name(i)
-
-    def __getitem__(self, key):
-        """-> {"audio": (T, F) float32, "video": (T, H, W, 3) uint8, "label": (K,) int64,
-        "index": i, "bad": [(name, reason)]}; several views are the first axis of both."""
-        epoch, wanted = key
-        bad = []
-        for i in range(wanted, wanted + (len(self) if self.augment else 1)):
-            i %= len(self)
-            try:
-                clip = self.read(i, np.random.default_rng([self.seed, epoch, i]))
-                return {**clip, "label": self.index.label(i), "index": i, "bad": bad}
-            except ClipError as error:
-                bad.append((self.name(i), str(error)))
-            if len(bad) >= 1000 or (self.augment and len(bad) == len(self)):
-                raise UserError(
-                    f"none of {len(bad)} clips can be read; the first: {bad[0][0]}: {bad[0][1]}. "
-                    "Run python data.py check on the folder")
-        return {"index": wanted, "bad": bad}
-
-    def read(self, i, rng):
-        with Media(self.index.path(i), self.modalities) as media:
-            begin, end = segment_of(media, *self.index.segment(i))
-            if self.augment:
-                start = begin + rng.random() * max(0.0, end - begin - self.window.video_seconds)
-                return self.cut(media, start, start, begin, end, rng)
-            views = [self.cut(media, *starts, begin, end) for starts in self.starts(begin, end)]
-        return {
-            m: torch.stack([v[m] for v in views]) if self.views > 1 else views[0][m]
-            for m in views[0]}
-
-    def starts(self, begin, end):
-        """Evenly spaced starts of the video and the audio windows, from the first to the last."""
-        room = (max(0.0, end - begin - s) for s in (self.window.video_seconds, self.window.seconds))
-        return zip(*(begin + np.linspace(0, r, self.views) for r in room))
-
-    def cut(self, media, video_start, audio_start, begin, end, rng=None):
-        """A window as tensors {m: ...}."""
-        w, clip = self.window, {}
-        if "video" in self.modalities:
-            jitter = rng.uniform(*self.augment.jitter, 2) if rng else (1.0, 1.0)
-            short = round(w.size * 256 / 224) if rng else w.size
-            video = read_video(media, video_start, begin, end, w, resizing(w.size, short, jitter))
-            video = crop(video, w.size, rng)
-            if rng and self.augment.flip and rng.random() < 0.5:
-                video = video[:, :, ::-1]
-            if rng and self.augment.colour:
-                video = colour_jitter(video, rng)
-            clip["video"] = torch.from_numpy(np.ascontiguousarray(video))
-        if "audio" in self.modalities:
-            sound = read_audio(media, audio_start, begin, end, w.seconds)
-            clip["audio"] = log_mel(torch.from_numpy(sound), w.mels)
-            if rng:
-                clip["audio"] = spec_augment(clip["audio"], self.augment, rng)
-        return clip
-
-
-def to_device(batch, device):
-    """The clips {m: (B, ...)} of a batch on a device; bytes stay bytes."""
-    return {m: batch[m].to(device, non_blocking=True) for m in MODALITIES if m in batch}
-
-
-def collate(samples):
-    """Samples -> a batch: tensors stacked, "index" (B,), "bad" one list. Samples without tensors
-    (unreadable, in evaluation) are left out."""
-    good = [s for s in samples if "label" in s]
-    batch = {
-        k: torch.stack([s[k] for s in good])
-        for k in (*MODALITIES, "label")
-        if good and k in good[0]}
-    return batch | {
-        "index": torch.tensor([s["index"] for s in good]),
-        "bad": sum((s["bad"] for s in samples), [])}
-
-
-class Batches:
-    """Batch sampler that computes batch k from (seed, k).
-
-    Clips come as a stream of epochs, each a permutation made from (seed, epoch); batch k is the
-    stream's clips k*batch to (k+1)*batch. Each epoch has each clip once, whatever the number of
-    processes, and a batch may span epochs. Yields the keys (epoch, i) of this process's rows.
-    """
-
-    def __init__(self, count, batch, seed, start, stop, rank=0, world=1):
-        self.count, self.batch, self.seed, self.steps = count, batch, seed, range(start, stop)
-        self.rows = range(rank * batch // world, (rank + 1) * batch // world)
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __iter__(self):
-        @functools.lru_cache(maxsize=2)
-        def order(epoch):
-            return np.random.default_rng([self.seed, epoch]).permutation(self.count)
-
-        for step in self.steps:
-            places = (divmod(step * self.batch + row, self.count) for row in self.rows)
-            yield [(epoch, int(order(epoch)[i])) for epoch, i in places]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -497,7 +450,7 @@ class Index:
 
     names (N,) bytes, paths inside `folder`; start, end (N,) s, NaN for the whole file;
     labels (N, K) int, -1 where a clip has fewer; classes: names of the labels (of verbs, then of
-    nouns, for Epic Kitchens).
+    nouns, for Epic Kitchens); shared (N,) bool: other segments of the same file are clips, too.
     """
 
     folder: str
@@ -507,6 +460,7 @@ class Index:
     labels: np.ndarray
     classes: tuple = ()
     task: str = "single"  # how labels are meant: single, many, epic, ave
+    shared: np.ndarray | None = None
 
     def __len__(self):
         return len(self.names)
@@ -522,64 +476,71 @@ class Index:
     def segment(self, i):
         return float(self.start[i]), float(self.end[i])
 
+    def segment_in(self, media, i):
+        """The segment of clip i in its open file: see `segment_of`."""
+        return segment_of(media, *self.segment(i), self.shared is not None and self.shared[i])
+
     def label(self, i):
         return torch.from_numpy(self.labels[i].astype(np.int64))
 
     def subset(self, which):
         """The clips of a mask (N,) or of ids."""
-        return replace(
-            self, **{k: getattr(self, k)[which] for k in ("names", "start", "end", "labels")})
+        columns = {k: getattr(self, k) for k in ("names", "start", "end", "labels", "shared")}
+        return replace(self, **{k: x[which] for k, x in columns.items() if x is not None})
 
 
-def _index(folder, rows, classes=(), task="single"):
-    """rows [(name, start, end, labels)] -> Index."""
-    width = max((len(r[3]) for r in rows), default=1) or 1
-    labels = np.full((len(rows), width), -1, np.int16)
-    for i, row in enumerate(rows):
-        labels[i, : len(row[3])] = row[3]
-    start, end = (np.array([r[k] for r in rows], np.float64) for k in (1, 2))
-    return Index(
-        str(folder), np.array([os.fsencode(r[0]) for r in rows], dtype=bytes), start, end, labels,
-        classes, task)
-
-
-def _files(folder):
-    """Paths of the video files below a folder, sorted."""
+def _files(folder, modalities=MODALITIES):
+    """Paths of the video files below a folder, sorted; of sound files, too, where no picture is
+    asked for. Links are followed, to each folder once."""
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}")
-    found = [
-        os.path.relpath(os.path.join(at, name), folder)
-        for at, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    suffixes = SUFFIXES + (SOUND_SUFFIXES if tuple(modalities) == ("audio",) else ())
+
+    found, seen = [], set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        where = os.stat(at)
+        if (where.st_dev, where.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((where.st_dev, where.st_ino))
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(at, name)), name))
+
+        inside = os.path.relpath(at, folder)
+        found += [
+            name if inside == "." else os.path.join(inside, name)
+            for name in names
+            if name.lower().endswith(suffixes) and not name.startswith(".")]
+
     if not found:
-        raise UserError(f"no video files ({', '.join(SUFFIXES)}) below {folder}")
+        raise UserError(f"no video files ({', '.join(suffixes)}) below {folder}")
     return sorted(found)
 
 
-def find_clips(folder):
-    """All video files below a folder; those in clips/LABEL/ have that label. -> Index"""
-    files = _files(folder)
-    parents = [pathlib.PurePath(f).parent.name for f in files]
-    classes = tuple(sorted(set(parents) - {""}))
-    number = {c: i for i, c in enumerate(classes)}
-    return _index(
-        folder, [(f, math.nan, math.nan, [number.get(p, -1)]) for f, p in zip(files, parents)],
-        classes)
+def _encoded(names):
+    return np.array([os.fsencode(name) for name in names], dtype=bytes)
 
 
-def single_clip(path):
-    """An Index of one file."""
+def find_clips(path, modalities=MODALITIES):
+    """All video files below a folder; those in clips/LABEL/ have that label. Or one file. -> Index
+
+    Where modalities are ("audio",), files of sound alone are clips, too.
+    """
     path = pathlib.Path(path)
-    if not path.exists():
-        raise UserError(f"there is no file {path}")
-    return _index(path.parent, [(path.name, math.nan, math.nan, [])])
+    folder, files = (
+        (path.parent, [path.name]) if path.is_file() else (path, _files(path, modalities)))
+    parents = [os.path.basename(os.path.dirname(f)) for f in files]
+    classes = tuple(sorted(set(parents) - {""}))
+
+    number = {c: i for i, c in enumerate(classes)}
+    labels = np.array([[number.get(p, -1)] for p in parents], np.int16)
+    nowhere = np.full(len(files), np.nan)
+    return Index(str(folder), _encoded(files), nowhere, nowhere, labels, classes)
 
 
 def held_out(index, share=0.02, salt=b"held out"):
     """A mask (N,) of about this share of the clips, by hash of the file's stem: stable when clips
     are added, and two segments of a file stay together."""
-    stems = (pathlib.PurePath(os.fsdecode(n)).stem.encode() for n in index.names)
+    stems = (os.path.splitext(os.path.basename(name))[0] for name in index.names.tolist())
     hashes = (hashlib.blake2b(s, digest_size=4, salt=salt).digest() for s in stems)
     hashes = np.array([int.from_bytes(h, "big") for h in hashes])
     # of a few clips, too, one is held out
@@ -591,216 +552,491 @@ def fraction_of(index, share):
     return index if share >= 1 else index.subset(held_out(index, share, b"fraction"))
 
 
-def _table(file):
-    """The cells of an annotation file, row by row."""
-    try:
-        text = pathlib.Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read annotations {file}: {error}") from None
-    if "&" in text.split("\n", 1)[0]:
-        return [line.split("&") for line in text.splitlines() if line.strip()]
-    rows = csv.reader(io.StringIO(text), skipinitialspace=True)
-    return [row for row in rows if row and not row[0].startswith("#")]
+# ---------------------------------------------------------------------------------------------
+# Annotation files: what each column of a format means, and one function that reads them all
+
+WORDS = {  # of a header, in lower case and without spaces, "_", "/" -> what its column means
+    "path": "path", "file": "path", "filename": "path", "fname": "path", "video": "path",
+    "ytid": "id", "youtubeid": "id", "videoid": "id", "narrationid": "narration",
+    "start": "start", "startseconds": "start", "starttimestamp": "start", "starttime": "start",
+    "end": "end", "endseconds": "end", "stoptimestamp": "end", "endtime": "end",
+    "label": "label", "class": "label", "category": "label", "labels": "labels",
+    "positivelabels": "mids", "verbclass": "verb", "nounclass": "noun", "quality": "quality",
+    "split": "split", "traintestsplit": "split"}
 
 
-def _is_number(text):
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+def _label_names(cells, roles):
+    """A row's labels: what its cells say, several in a column of "labels" or "mids"."""
+    for cell, role in zip(cells, roles):
+        for part in cell.split(",") if role in ("labels", "mids") else [cell]:
+            if part.strip():
+                yield f"{role} {part}" if role in ("verb", "noun") else part.strip()
 
 
-def _seconds(text):
-    """HH:MM:SS.ss -> s"""
-    return sum(float(part) * unit for part, unit in zip(reversed(text.split(":")), (1, 60, 3600)))
+def _ave_names(cells, roles):
+    """AVE: the event's label in each of its seconds, of ten, else "background"."""
+    label, start, end = cells
+    yield from (label if float(start) <= s < float(end) else "background" for s in range(10))
 
 
-def _vggsound(rows, file):
-    classes = tuple(sorted({r[2] for r in rows}))
-    number = {c: i for i, c in enumerate(classes)}
-    return (
-        [(r[0], float(r[1]), float(r[1]) + 10, [number[r[2]]], r[3]) for r in rows], classes,
-        "single")
-
-
-def _audioset(rows, file):
-    path = pathlib.Path(file).parent / "class_labels_indices.csv"
+def _published(file, name, key, value):
+    """Two columns of a list that is published with the annotations, or nothing."""
+    path = pathlib.Path(file).parent / name
     if not path.exists():
+        return {}
+    with open(path, encoding="utf-8-sig", newline="") as lines:
+        return {row[key]: row[value] for row in csv.DictReader(lines)}
+
+
+def _known_as_seen(file, seen):
+    classes = tuple(sorted(seen))
+    return {c: i for i, c in enumerate(classes)}, classes
+
+
+def _known_to_audioset(file, seen):
+    mids = _published(file, "class_labels_indices.csv", "mid", "index")
+    names = _published(file, "class_labels_indices.csv", "index", "display_name")
+    if not mids:
         raise UserError(f"AudioSet's class_labels_indices.csv must lie beside {file}")
-    names = {r[1]: (int(r[0]), r[2]) for r in _table(path)[1:]}
-    unknown = sorted({mid for r in rows for mid in r[3].split(",")} - set(names))
-    if unknown:
-        raise UserError(
-            f"{file} has labels that class_labels_indices.csv lacks: {', '.join(unknown[:3])}")
-    classes = tuple(name for _, name in sorted(names.values()))
-    return (
-        [
-            (r[0], float(r[1]), float(r[2]), [names[mid][0] for mid in r[3].split(",")], None)
-            for r in rows],
-        classes, "many")
+    number = {mid: int(index) for mid, index in mids.items()}
+    return number, tuple(names[index] for index in sorted(names, key=int))
 
 
-def _epic(rows, file):
-    at = {
-        name: rows[0].index(name)
-        for name in ("video_id", "start_timestamp", "stop_timestamp", "verb_class", "noun_class")}
-    classes = []
+def _known_to_epic(file, seen):
+    if not seen:  # the test file's rows have no labels
+        return {}, ()
+    number, classes = {}, []
     for kind, count in ("verb", 97), ("noun", 300):
-        path = pathlib.Path(file).parent / f"EPIC_100_{kind}_classes.csv"
-        known = {int(r[0]): r[1] for r in _table(path)[1:]} if path.exists() else {}
-        classes.append(tuple(known.get(i, f"{kind} {i}") for i in range(count)))
-    found = [
-        (
-            r[at["video_id"]], _seconds(r[at["start_timestamp"]]),
-            _seconds(r[at["stop_timestamp"]]), [int(r[at["verb_class"]]), int(r[at["noun_class"]])],
-            None)
-        for r in rows[1:]]
-    wrong = [r for r in found if not (0 <= r[3][0] < 97 and 0 <= r[3][1] < 300)]
-    if wrong:
-        raise UserError(f"{file} has verb or noun classes beyond 97 and 300: {wrong[0][3]}")
-    return found, tuple(classes), "epic"
+        known = _published(file, f"EPIC_100_{kind}_classes.csv", "id", "key")
+        classes.append(tuple(known.get(str(i), f"{kind} {i}") for i in range(count)))
+        number |= {f"{kind} {i}": i for i in range(count)}
+    return number, tuple(classes)
 
 
-def _ave(rows, file):
-    rows = rows[1:] if rows[0][0] == "Category" else rows
+def _known_to_ave(file, seen):
     every = pathlib.Path(file).parent / "Annotations.txt"
-    listed = _table(every)[1:] if every.exists() else rows
-    names = sorted({r[0] for r in listed} | {r[0] for r in rows})
-    found = []
-    for category, video, _, start, end in rows:
-        labels = np.full(10, len(names))  # background
-        labels[int(float(start)) : int(float(end))] = names.index(category)
-        found.append((video, math.nan, math.nan, labels.tolist(), None))
-    return found, (*names, "background"), "ave"
+    if every.exists():
+        lines = every.read_text(encoding="utf-8-sig").splitlines()
+        seen = seen | {line.split("&")[0] for line in lines[1:] if line}
+    classes = (*sorted(seen - {"background"}), "background")
+    return {c: i for i, c in enumerate(classes)}, classes
 
 
-def _plain(rows, file):
-    header = rows[0] if rows[0][0].lower() == "path" else None
-    rows = rows[1:] if header else rows
-    timed = all(len(r) >= 3 and _is_number(r[1]) and _is_number(r[2]) for r in rows)
-    split = header.index("split") if header and "split" in header else None
-    labels = [
-        [c for k, c in enumerate(r) if k >= (3 if timed else 1) and k != split and c] for r in rows]
-    classes = tuple(sorted({name for r in labels for name in r}))
-    number = {c: i for i, c in enumerate(classes)}
-    found = [
-        (
-            r[0], float(r[1]) if timed else math.nan, float(r[2]) if timed else math.nan,
-            [number[c] for c in names], r[split] if split else None)
-        for r, names in zip(rows, labels)]
-    return found, classes, "many" if any(len(r[3]) > 1 for r in found) else "single"
+@dataclass(frozen=True)
+class Format:
+    """How an annotation file is recognized, and what its columns mean."""
+
+    task: str  # how labels are meant
+    header: set  # columns that a header must have
+    columns: tuple = ()  # of files without a header, and
+    cells: tuple = ()  # patterns of their cells
+    labels: tuple = ("label",)  # columns that a row's labels are made of,
+    names: Callable = _label_names  # how,
+    known: Callable = _known_as_seen  # and with which numbers
+    files: tuple = ("{id}_{start:06g}", "{id}_{start:g}_{end:g}", "{id}_{start:g}",
+                    "{id}_{ms}", "{id}", "Y{id}")  # how people name them, for a message
+    seconds: bool = False  # whether a file NAME_30 may be the part from second 30 on
 
 
-FORMATS = {  # name: (does the second row look like it, its parser)
-    "EPIC-Kitchens": (lambda first, row: "narration_id" in first and "verb_class" in first, _epic),
-    "AVE": (lambda first, row: len(row) == 5 and _is_number(row[3]) and _is_number(row[4]), _ave),
-    "VGGSound": (
-        lambda first, row: len(row) == 4 and _is_number(row[1]) and row[3] in ("train", "test"),
-        _vggsound),
-    "AudioSet": (lambda first, row: len(row) == 4 and row[3].startswith("/"), _audioset),
-    "plain": (lambda first, row: row[0].lower().endswith(SUFFIXES), _plain),
+YOUTUBE, NUMBER = r"[\w-]+|#NAME\?", r"\d+(\.\d*)?"
+MEDIA_END = "(?i:" + "|".join(map(re.escape, SUFFIXES + SOUND_SUFFIXES)) + ")$"
+PLAIN = "path[,start,end][,label...]"
+FORMATS = {
+    "EPIC-Kitchens": Format(
+        "epic", {"narration", "id", "start", "end"}, labels=("verb", "noun"), known=_known_to_epic,
+        files=("{narration}", "{id}_{ms}", "{id}")),
+    "AVE": Format(
+        "ave", {"label", "id", "start", "end", "quality"},
+        ("label", "id", "quality", "start", "end"), (".+", YOUTUBE, ".*", NUMBER, NUMBER),
+        ("label", "start", "end"), _ave_names, _known_to_ave, ("{id}", "Y{id}")),
+    "AudioSet": Format(
+        "many", {"id", "start", "end", "mids"}, ("id", "start", "end", "mids"),
+        (YOUTUBE, NUMBER, NUMBER, "/.*"), ("mids",), known=_known_to_audioset,
+        seconds=True),
+    "VGGSound": Format(
+        "single", {"id", "start", "label"}, ("id", "start", "label", "split"),
+        (YOUTUBE, NUMBER, ".+", "train|test|val.*"), seconds=True),
+    PLAIN: Format(
+        "single", {"path"}, ("path",), (".*" + MEDIA_END,), ("label", "labels"), files=("{id}",)),
 }
 
 
-def _parsed(file):
-    """The rows [(name, start, end, labels, split)] of an annotation file, its classes and its task,
-    and whether names are paths."""
-    rows = _table(file)
-    if not rows:
-        raise UserError(f"{file} has no rows")
-    row = rows[min(1, len(rows) - 1)]
-    parser = next((parse for fits, parse in FORMATS.values() if fits(rows[0], row)), None)
-    if parser is None:
+def _rows(file):
+    """(line number, cells) of each row of an annotation file but comments."""
+    last = 0
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            cells = lines.readline().strip().split("&")
+            ave = len(cells) == 5 and (cells[2] == "Quality" or _is_number(*cells[3:]))
+            how = {"delimiter": "&", "quoting": csv.QUOTE_NONE} if ave else {"strict": True}
+            lines.seek(0)
+            reader = csv.reader(lines, skipinitialspace=True, **how)
+
+            for row in reader:
+                if reader.line_num > last + 1:
+                    raise csv.Error("it ends in a later line")
+                last = reader.line_num
+
+                if row and (row[0] == "#NAME?" or not row[0].startswith("#")):
+                    yield last, row
+
+    except csv.Error as error:
+        raise UserError(f"{file}, line {last + 1}: a quote that is not closed: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read annotations {file}: {error}") from None
+
+
+def _is_number(*texts):
+    return all(re.fullmatch(NUMBER, text) for text in texts)
+
+
+def _seconds(text):
+    """Seconds, or HH:MM:SS.ss -> s"""
+    if ":" not in text:
+        return float(text)
+    return sum(float(part) * unit for part, unit in zip(reversed(text.split(":")), (1, 60, 3600)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the columns of a file mean."""
+
+    format: str
+    roles: list  # "" where a column means nothing
+    header: bool = False  # its first row
+    open_end: bool = False  # any number of labels may follow
+
+
+def _layout(file, line, row):
+    """The layout of an annotation file, by its first row. UserError if it is of no known one."""
+    for name, known in FORMATS.items():
+        plain = name == PLAIN
+        if (known.cells and (plain or len(row) == len(known.cells)) and all(
+            re.fullmatch(pattern, cell, re.IGNORECASE)
+            for pattern, cell in zip(known.cells, row))):
+            times = ["start", "end"] if plain and len(row) > 2 and _is_number(*row[1:3]) else []
+            return Layout(name, [*known.columns, *times], open_end=plain)
+
+    roles = [WORDS.get(re.sub(r"[\W_]", "", cell.lower()), "") for cell in row]
+    fits = [name for name, known in FORMATS.items() if known.header <= set(roles)]
+    if not fits:
         raise UserError(
-            f"{file} is of no known format: {', '.join(FORMATS)} (path[,start,end][,label...])")
-    try:
-        return *parser(rows, file), parser is _plain
-    except (IndexError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} has a row that is not of its format: {error}") from None
+            f"{file}, line {line} is of no known format ({', '.join(FORMATS)}), nor a header with "
+            f"words like path, start, end, label, split: {','.join(row)}")
+
+    once = [r for r in roles if r and r != "label"]
+    half = fits[0] == PLAIN and ("start" in roles) != ("end" in roles)
+    if len(once) > len(set(once)) or {"path", "id"} <= set(roles) or half:
+        raise UserError(f"{file}, line {line}: a header of more than one meaning: {','.join(row)}")
+    return Layout(fits[0], roles, header=True)
 
 
-@contextlib.contextmanager
-def _no_gc():
-    """Millions of rows are made, none of them garbage: not to search takes half the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+def _row_reader(file, layout):
+    """-> a function of a row's line and cells, which gives (path or id, narration, start, end,
+    cells of its labels, split). It raises ValueError with the reason if the row is of no use."""
+    roles, known = layout.roles, FORMATS[layout.format]
+    at = {role: column for column, role in enumerate(roles) if role}
+    name, start, end = at.get("id", at.get("path")), at.get("start"), at.get("end")
+    narration, split, width = at.get("narration"), at.get("split"), len(roles)
+    labels = [c for c, role in enumerate(roles) if role in known.labels]
+
+    def read(line, row):
+        if len(row) != width and not (layout.open_end and len(row) > width):
+            raise ValueError(f"with {len(row)} columns, not {width}")
+        if not row[name] or row[name] == "#NAME?":
+            raise ValueError("without a name")
+
+        if layout.open_end and start is None and len(row) > 2 and _is_number(*row[1:3]):
+            raise UserError(f"{file}, line {line}: times or labels? The first row has no times, "
+                            f"this one may have: {','.join(row)}")
+
+        begin = stop = math.nan
+        if start is not None:
+            try:
+                begin = _seconds(row[start])
+                stop = begin + 10 if end is None else _seconds(row[end])  # VGGSound's are 10 s
+            except ValueError:
+                raise ValueError("without a start and an end in seconds") from None
+
+            if not 0 <= begin <= stop < math.inf or (begin == stop and known.task != "ave"):
+                raise ValueError("with an end before its start")
+
+        key = tuple(row[width:]) if layout.open_end else tuple([row[c] for c in labels])
+        own = None if narration is None else row[narration]
+        return row[name], own, begin, stop, key, None if split is None else row[split].lower()
+
+    return read
 
 
-@_no_gc()
-def read_annotations(file, folder, split=None, allow_outside=False):
-    """The clips that an annotation file lists and a folder has. -> Index
+class Listing:
+    """The rows of an annotation file as columns, and those that are not used, with the reason.
 
-    The format is recognised from the content: VGGSound's csv, AudioSet's *_segments.csv,
-    EPIC-Kitchens-100's csv, AVE's text files, or `path[,start,end][,label...]`, whose paths must
-    not lead out of the folder unless that is allowed. Only rows of `split` ("train" or "test") if
-    the file has splits. Says how many rows found their file.
+    Distinct names and cells of labels are kept once, numbered; columns hold their numbers.
     """
-    listed, classes, task, paths = _parsed(file)
-    if split:
-        listed = [r for r in listed if r[4] in (None, split)]
-    if paths:
-        names = {r[0] for r in listed}
-        if not allow_outside:
-            _refuse_outside(folder, names)
-        at = {name: name for name in names if os.path.isfile(os.path.join(folder, name))}
-    else:
-        at = {os.path.splitext(os.path.basename(f))[0]: f for f in reversed(_files(folder))}
-    found, missing = [], []
-    for name, start, end, labels, _ in listed:
-        stem = next((s for s in ([name] if paths else _stems(name, start, end)) if s in at), None)
-        if stem is None:
-            missing.append(name)
-            continue
-        whole = stem not in (name, "Y" + name)  # a name with its times is of a file cut at them
-        found.append((at[stem], math.nan if whole else start, math.nan if whole else end, labels))
-    print(
-        f"{file}: {len(found)} of {len(listed)} rows found their file below {folder}"
-        + (f"; the first that did not: {missing[0]}" if missing else ""))
-    if not found:
-        raise UserError(
-            f"no row of {file} found its file below {folder}: files are looked for by names like "
-            f"{', '.join(list(_stems(*listed[0][:3]))[:4]) if listed else 'ID'}")
-    return _index(folder, found, classes, task)
+
+    def __init__(self, file, split):
+        self.file, self.rows, self.unused = file, 0, {}
+        self.names, self.keys = {}, {}  # path, id or narration -> number; cells of labels -> number
+        self.name, self.own, self.label = array("i"), array("i"), array("i")
+        self.start, self.end = array("d"), array("d")
+
+        rows = _rows(file)
+        first = next(rows, None)
+        if first is None:
+            raise UserError(f"{file} has no rows")
+
+        self.layout = _layout(file, *first)
+        self.format = FORMATS[self.layout.format]
+        ignored = [word for word, role in zip(first[1], self.layout.roles) if not role]
+        told = ignored and self.layout.format == PLAIN  # other formats have some that nobody needs
+        self.ignored = f"; columns that mean nothing here: {', '.join(ignored)}" if told else ""
+        self.read(rows if self.layout.header else itertools.chain([first], rows), split)
+
+    def read(self, rows, split):
+        """Appends the rows of a split, or all of them. Labels of any split are classes."""
+        reader, names, keys = _row_reader(self.file, self.layout), self.names, self.keys
+
+        for self.rows, (line, row) in enumerate(rows, start=1):
+            try:
+                name, own, start, end, key, part = reader(line, row)
+                label = keys.setdefault(key, len(keys))
+                if split and part not in (None, split):
+                    raise ValueError(f"of split {part!r}")
+
+            except UserError:
+                raise
+            except ValueError as error:
+                self.leave_out(str(error), f"line {line}: {','.join(row)}")
+                continue
+
+            self.name.append(names.setdefault(name.removeprefix("./"), len(names)))
+            self.own.append(-1 if own is None else names.setdefault(own, len(names)))
+            self.start.append(start)
+            self.end.append(end)
+            self.label.append(label)
+
+    def leave_out(self, reason, example):
+        count, first = self.unused.get(reason, (0, example))
+        self.unused[reason] = count + 1, first
+
+    def add_stems(self):
+        """Of a plain file: each path without its suffix as a second name of its rows."""
+        if self.layout.format == PLAIN:
+            stems = [re.sub(MEDIA_END, "", name) for name in self.names]
+            numbers = np.array([self.names.setdefault(s, len(self.names)) for s in stems], np.int32)
+            self.own = array("i", numbers[np.array(self.name)].tobytes())
+
+    def table(self):
+        """Labels (U, K) int16 of each distinct key, -1 where there are fewer; the classes."""
+        roles = [r for r in self.layout.roles if r in self.format.labels]
+        if self.layout.open_end:
+            roles = itertools.repeat("label")
+        given = [list(self.format.names(key, roles)) for key in self.keys]
+        seen = set(itertools.chain.from_iterable(given))
+
+        number, classes = self.format.known(self.file, seen)
+        unknown = sorted(seen - set(number))
+        if unknown:
+            raise UserError(
+                f"{self.file} has labels that are no classes of {self.layout.format}: "
+                f"{', '.join(unknown[:3])}")
+
+        table = np.full((len(given), max([1, *map(len, given)])), -1, np.int16)
+        for row, labels in zip(table, given):
+            row[: len(labels)] = [number[label] for label in labels]
+        return table, classes
+
+    def looked_for(self):
+        """Names of files that the first row would be found by, for a message."""
+        if not self.name:
+            return "no row is left"
+        name, own = (list(self.names)[numbers[0]] for numbers in (self.name, self.own))
+
+        start, end = self.start[0], self.end[0]
+        ms = "" if math.isnan(start) else f"{_ms(start)}_{_ms(end)}"
+        names = (
+            f.format(id=name, narration=own, start=start, end=end, ms=ms)
+            for f in self.format.files)
+        return "files are looked for by names like " + ", ".join(dict.fromkeys(names))
 
 
-def _stems(name, start, end):
-    """How people name the file of a row, most particular first."""
-    if not math.isnan(start):
-        for prefix in "", "Y":
-            yield f"{prefix}{name}_{round(start * 1000)}_{round(end * 1000)}"
-            yield f"{prefix}{name}_{int(start):06d}"
-            yield f"{prefix}{name}_{int(start)}"
-    yield from (name, "Y" + name)
+def _ms(seconds):
+    return None if math.isnan(seconds) else round(seconds * 1000)
+
+
+SPAN = re.compile(r"(.+)_(\d+(?:\.\d+)?)[_-](\d+(?:\.\d+)?)")
+START = re.compile(r"(.+)_(\d+(?:\.\d+)?)")
+
+
+def _meanings(stem, seconds):
+    """What a file's name may mean: (name, start, end) in ms, None where it does not say.
+
+    NAME_30000_40000 is in milliseconds, as `prepare` writes it; where `seconds` are meant, too,
+    NAME_30_40, NAME_30.0-40.0 or NAME_000030.
+    """
+    yield stem, None, None
+    span = SPAN.fullmatch(stem)
+    if span and "." not in span[2] + span[3]:
+        yield span[1], int(span[2]), int(span[3])
+    if seconds and span:
+        yield span[1], _ms(float(span[2])), _ms(float(span[3]))
+    if seconds and (start := START.fullmatch(stem)):
+        yield start[1], _ms(float(start[2])), None
+
+
+NO_FILE, SEVERAL_FILES, SEVERAL_ROWS = -1, -2, -3
+REASONS = {
+    NO_FILE: "without a file", SEVERAL_FILES: "with several files of their name",
+    SEVERAL_ROWS: "with a file that is another row's, too"}
+
+
+def _files_by_meaning(listing, files, exact):
+    """{(number of a name, start, end): number of its file}, for the names of a listing.
+
+    exact: how many of the files, the first ones, are named as the rows of a plain file name them.
+    """
+    names, plain = listing.names, listing.layout.format == PLAIN
+    found = {(names[file], None, None): n for n, file in enumerate(files[:exact])}
+    first = set(found)
+
+    for n, file in enumerate(files[exact:], start=exact):
+        base = os.path.basename(file)
+        stems = [os.path.splitext(base)[0]]
+        if plain:  # with its folder, or without
+            stems = dict.fromkeys([base, os.path.splitext(file)[0], *stems])
+        elif base.startswith("Y"):
+            stems += [stems[0][1:]]
+
+        meanings = (m for stem in stems for m in _meanings(stem, listing.format.seconds))
+        for name, *times in meanings:
+            if name in names:
+                key = (names[name], *times)
+                if found.setdefault(key, n) != n and plain and key not in first:
+                    found[key] = SEVERAL_FILES
+    return found
+
+
+def _look_up(listing, found):
+    """Yields the file of each row, or why there is none, and whether it is cut for that row.
+
+    EPIC-Kitchens: a file of the narration, else of the times, else the whole video. A plain path:
+    that file, else one that `prepare` made of it. Else: of the times, of the start, else whole.
+    """
+    narrated, plain = "narration" in listing.layout.roles, listing.layout.format == PLAIN
+    for name, own, start, end in zip(listing.name, listing.own, listing.start, listing.end):
+        if (narrated and (key := (own, None, None)) in found):
+            yield found[key], True
+        elif plain and (key := (name, None, None)) in found:
+            yield found[key], False
+        else:
+            name, start, end = own if plain else name, _ms(start), _ms(end)
+
+            keys = (name, start, end), (name, start, None), (name, None, None)
+            key = next((key for key in keys if key in found), None)
+            yield found.get(key, NO_FILE), key is not None and key[1] is not None
+
+
+def _assign(listing, found):
+    """-> number of each row's file (N,), negative if it has none; whether it is cut for that row
+    (N,), and whether rows mean several parts of it (N,). A file cut for one row is no other's."""
+    rows = len(listing.name)
+    pairs = np.fromiter(_look_up(listing, found), np.dtype("i4, ?"), rows)
+    files, cut = pairs["f0"], pairs["f1"]
+
+    claims, shared, disputed = {}, set(), set()
+    for k, file in enumerate(files.tolist()):
+        claim = listing.name[k], _ms(listing.start[k]), _ms(listing.end[k])
+        if file >= 0 and (first := claims.setdefault(file, claim)) != claim:
+            (disputed if cut[k] or first[0] != claim[0] else shared).add(file)
+
+    several = np.isin(files, list(shared))
+    files[np.isin(files, list(disputed))] = SEVERAL_ROWS
+    return files, cut, several
 
 
 def _refuse_outside(folder, names):
     root = os.path.realpath(folder)
-    for name in sorted(names):
-        if not os.path.realpath(os.path.join(root, name)).startswith(root + os.sep):
-            raise UserError(f"{name!r} leads out of {folder}: refused without --allow-outside")
+    links = (name for name in names if os.path.islink(os.path.join(root, name)))
+    for name in sorted({os.path.join(os.path.dirname(name), "") for name in names} | set(links)):
+        if not os.path.join(os.path.realpath(os.path.join(root, name)), "").startswith(
+            os.path.join(root, "")):
+            raise UserError(
+                f"a path of the annotations, {name!r}, leads out of {folder}: refused without "
+                "--allow-outside")
 
 
-def labelled_clips(folder, annotations="", test_annotations="", allow_outside=False):
+def _files_of(listing, folder, allow_outside, modalities):
+    """Files that rows may mean, and how many of them, the first, rows name just so."""
+    if listing.layout.format != PLAIN:
+        return _files(folder, modalities), 0
+
+    names = list(listing.names)
+    if not allow_outside:
+        _refuse_outside(folder, names)
+    exact = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    others = _files(folder, modalities) if len(exact) < len(names) else []
+    return exact + sorted(set(others) - set(exact)), len(exact)
+
+
+def read_annotations(file, folder, split=None, allow_outside=False, modalities=MODALITIES):
+    """The clips that an annotation file lists and a folder has. -> Index
+
+    The format is recognized from the content: VGGSound's csv, AudioSet's *_segments.csv,
+    EPIC-Kitchens-100's csv, AVE's text files, or `path[,start,end][,label...]`, with a header of
+    these words in any order or without one, whose paths must not lead out of the folder unless that
+    is allowed. Only rows of `split` ("train" or "test") if the file has splits. Says how many rows
+    found their file, and why others are not used.
+    """
+    listing = Listing(file, split)
+    table, classes = listing.table()
+    files, exact = _files_of(listing, folder, allow_outside, modalities)
+    listing.add_stems()
+    number, cut, shared = _assign(listing, _files_by_meaning(listing, files, exact))
+
+    used, names = number >= 0, list(listing.names)
+    for k in np.flatnonzero(number < 0).tolist():
+        listing.leave_out(REASONS[int(number[k])], names[listing.name[k]])
+    print(
+        f"{file}: {used.sum()} of {listing.rows} rows found their file below {folder}"
+        + "".join(f"; {n} {why} (first: {row})" for why, (n, row) in listing.unused.items())
+        + listing.ignored)
+
+    if not used.any():
+        raise UserError(
+            f"no row of {file} found its file below {folder}: {listing.looked_for()}")
+
+    whole = cut | (listing.format.task == "ave")  # AVE's times are of the event, not of the clip
+    start, end = (np.where(whole, np.nan, np.array(x))[used] for x in (listing.start, listing.end))
+    labels = table[np.array(listing.label)[used]]
+    many = listing.format.task == "single" and table.shape[1] > 1
+    task = "many" if many else listing.format.task
+
+    return Index(
+        str(folder), _encoded(files)[number[used]], start, end, labels, classes, task, shared[used])
+
+
+def labeled_clips(
+    folder, annotations="", test_annotations="", allow_outside=False, modalities=MODALITIES):
     """{"train": Index, "test": Index} with the same classes.
 
     From annotation files (one with splits, or two), or from folder names: clips/train/LABEL/ and
     clips/test/LABEL/, else clips/LABEL/ with a tenth for testing, by hash.
     """
+    files = {"train": annotations, "test": test_annotations or annotations}
+    parts = [os.path.join(folder, part) for part in files]
+
     if annotations:
-        train = read_annotations(annotations, folder, "train", allow_outside)
-        test = read_annotations(test_annotations or annotations, folder, "test", allow_outside)
-        if not test_annotations and len(test) == len(train) and (test.names == train.names).all():
+        train, test = (
+            read_annotations(file, folder, split, allow_outside, modalities)
+            for split, file in files.items())
+        if not test_annotations and np.array_equal(train.names, test.names):
             train, test = _split(train)
-    elif os.path.isdir(os.path.join(folder, "train")) and os.path.isdir(
-        os.path.join(folder, "test")):
-        train, test = (find_clips(os.path.join(folder, part)) for part in ("train", "test"))
+
+    elif all(map(os.path.isdir, parts)):
+        train, test = (find_clips(part, modalities) for part in parts)
     else:
-        train, test = _split(find_clips(folder))
+        train, test = _split(find_clips(folder, modalities))
+
     if not train.classes:
         raise UserError(
             f"the clips of {folder} have no labels: give --annotations, or folders named by label")
@@ -811,6 +1047,7 @@ def _renumbered(index, classes):
     """The clips with labels numbered as in `classes`."""
     if index.classes == classes:
         return index
+
     unknown = sorted(set(map(str, index.classes)) - set(map(str, classes)))
     if unknown:
         raise UserError(
@@ -825,117 +1062,358 @@ def _split(index):
 
 
 # ---------------------------------------------------------------------------------------------
-# Built-in clips: generated, deterministic by (seed, index)
-
-SHAPES = ("disc", "square", "triangle", "cross")
-VOICES = {  # relative loudness of the partials 1, 2, 3, ... of a tone
-    "flute": (1.0, 0.1, 0.02),
-    "organ": (1.0, 0.7, 0.0, 0.5, 0.0, 0.0, 0.0, 0.4),
-    "clarinet": (1.0, 0.0, 0.6, 0.0, 0.4, 0.0, 0.3),
-    "bell": (0.4, 0.0, 0.0, 1.0, 0.0, 0.8),
-}
+# The data set: clips by (epoch, i, draw), and which of them a batch has
 
 
-@dataclass(frozen=True)
+class Clips(Dataset):
+    """Clips of an Index, addressed by (epoch, i, draw).
+
+    The window of a clip is that of (epoch, i); its crop, flip, colors and masks also depend on the
+    draw. augment None is evaluation: `views` windows at evenly spaced starts (audio on its own),
+    center crop, and an unreadable clip has no tensors. In training, the next readable one replaces
+    it.
+    """
+
+    def __init__(self, index, window, modalities=MODALITIES, augment=None, seed=0, views=1):
+        self.index, self.window, self.modalities = index, window, tuple(modalities)
+        self.augment, self.seed, self.views = augment, seed, views
+
+    def __len__(self):
+        return len(self.index)
+
+    def name(self, i):
+        return self.index.name(i)
+
+    def __getitem__(self, key):
+        """-> {"audio": (T, F) float32, "video": (T, H, W, 3) uint8, "label": (K,) int64,
+        "index": i, "bad": [(name, reason)]}, and "color" (6,) if colors are to be changed, see
+        `color_jitter`; several views are the first axis of both."""
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys):
+        """Items of several keys. Neighbors that differ in their draw only share what is decoded."""
+        items = []
+        for (epoch, i), group in itertools.groupby(keys, key=lambda key: tuple(key[:2])):
+            clip = self.readable(epoch, i)
+            items += [self.augmented(clip, epoch, draw) for _, _, draw in group]
+        return items
+
+    def readable(self, epoch, wanted):
+        """The window of a clip, or in training of the next that can be read; names the bad ones."""
+        bad = []
+        for i in range(wanted, wanted + (len(self) if self.augment else 1)):
+            i %= len(self)
+            try:
+                return {
+                    **self.read(i, epoch), "label": self.index.label(i), "index": i, "bad": bad}
+            except ClipError as error:
+                bad.append((self.name(i), str(error)))
+
+            if len(bad) >= 1000 or (self.augment and len(bad) == len(self)):
+                raise UserError(
+                    f"none of {len(bad)} clips can be read; the first: {bad[0][0]}: {bad[0][1]}. "
+                    "Run python data.py check on the folder")
+        return {"index": wanted, "bad": bad}
+
+    def read(self, i, epoch=0):
+        """The windows of clip i as tensors {m: ...}, before any augmentation."""
+        with Media(self.index.path(i), self.modalities) as media:
+            begin, end = self.index.segment_in(media, i)
+            starts = self.starts(i, epoch, begin, end)
+            views = [self.cut(media, *pair, begin, end) for pair in starts]
+        return {
+            m: torch.stack([view[m] for view in views]) if self.views > 1 else views[0][m]
+            for m in views[0]}
+
+    def starts(self, i, epoch, begin, end):
+        """(start of the video window, start of the audio window) of each view, s: together at
+        random in training, else each evenly spaced from the first to the last."""
+        seconds = self.window.video_seconds, self.window.seconds
+        room = [max(0.0, end - begin - s) for s in seconds]
+
+        if self.augment:
+            with seeded(self.seed, epoch, i):
+                start = begin + room[0] * torch.rand((), dtype=torch.float64).item()
+            return [(start, start)]
+        return zip(*(begin + np.linspace(0, r, self.views) for r in room))
+
+    def cut(self, media, video_start, audio_start, begin, end):
+        """A window as tensors {m: ...}; of the picture all that a random crop may take."""
+        window, clip = self.window, {}
+        if "video" in self.modalities:
+            short = round(window.size * 256 / 224) if self.augment else window.size
+            resize = resizing(window.size, short)
+            video = torch.from_numpy(
+                read_video(media, video_start, begin, end, window, resize))       # (T, H, W, 3)
+            clip["video"] = video if self.augment else center_crop(video, window.size)
+
+        if "audio" in self.modalities:
+            sound = read_audio(media, audio_start, begin, end, window.seconds)    # (S,)
+            clip["audio"] = log_mel(torch.from_numpy(sound), window.mels)         # (T, F)
+        return clip
+
+    def augmented(self, clip, epoch, draw):
+        """An item of its own of what `readable` gives."""
+        clip = dict(clip)
+        if self.augment is None:
+            return clip
+
+        with seeded(self.seed, epoch, clip["index"], draw):
+            if "video" in clip:
+                clip["video"] = random_crop(clip["video"], self.window.size, self.augment)
+                clip |= {"color": draw_color()} if self.augment.color else {}
+            if "audio" in clip:
+                clip["audio"] = spec_augment(clip["audio"], self.augment)
+        return clip
+
+
+class Batches:
+    """Batch sampler that computes batch k from (seed, k).
+
+    Clips come as a stream of epochs, each a permutation made from (seed, epoch); row k of all rows
+    is draw k % repeat of the stream's clip k // repeat, and batch k the rows k*batch to
+    (k+1)*batch. So each pass has each clip once, whatever the number of processes, and a batch may
+    span passes. An epoch counts rows: with repeat R, one pass over all clips takes R epochs.
+
+    Yields lists of keys (pass, i, draw): this process's rows of a batch, `micro` at a time.
+    """
+
+    def __init__(self, count, batch, seed, start, stop, rank=0, world=1, micro=0, repeat=1):
+        self.count, self.batch, self.seed, self.steps = count, batch, seed, range(start, stop)
+        self.rows = range(rank * batch // world, (rank + 1) * batch // world)
+        self.micro, self.repeat = micro or len(self.rows), repeat
+
+    def __len__(self):
+        return len(self.steps) * math.ceil(len(self.rows) / self.micro)
+
+    def __iter__(self):
+        @functools.lru_cache(maxsize=2)
+        def order(epoch):
+            return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+        for step in self.steps:
+            keys = []
+            for row in self.rows:
+                place, draw = divmod(step * self.batch + row, self.repeat)
+                epoch, i = divmod(place, self.count)
+                keys.append((epoch, int(order(epoch)[i]), draw))
+
+            for first in range(0, len(keys), self.micro):
+                yield keys[first : first + self.micro]
+
+
+def in_order(count, batch, rank=0, world=1):
+    """All clips once, for evaluation: this process's lists of keys (0, i, 0).
+
+    Batches are nearly equal, and none is of one clip (which has no other to be compared with)
+    unless there is one clip only: of few clips, one may be larger than asked for.
+    """
+    batches = max(1, min(math.ceil(count / batch), count // 2))
+    parts = np.array_split(np.arange(count), batches)[rank::world] if count else []
+    return [[(0, int(i), 0) for i in part] for part in parts]
+
+
+def collate(items):
+    """Items -> a batch: tensors stacked (by a worker, straight into shared memory), "index" (B,),
+    "bad" one list. Items without tensors (unreadable, in evaluation) are left out."""
+    good = [{k: x for k, x in item.items() if k != "bad"} for item in items if "label" in item]
+    batch = default_collate(good) if good else {"index": torch.zeros(0, dtype=torch.int64)}
+    return batch | {"bad": [pair for item in items for pair in item["bad"]]}
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+
+
+def _workers(count):
+    """Settings of a DataLoader with worker processes. On Linux they are forks, which share an
+    index of millions of clips with their parent; Python 3.14's default would copy it to each."""
+    fork = count > 0 and sys.platform == "linux"
+    return {"num_workers": count, "multiprocessing_context": "fork" if fork else None}
+
+
+def _started(loader):
+    """Its iterator. What is garbage is removed before a fork: a codec that waits for its threads
+    when it is freed would wait forever in a worker, which has not inherited them."""
+    gc.collect()
+    with warnings.catch_warnings():  # of threads that are left, which a worker does not use
+        warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
+        return iter(loader)
+
+
+class Loader:
+    """Yields batches on a device: {"video": (B, T, H, W, 3) uint8, "audio": (B, T, F) float32,
+    "label": (B, K) int64}, and "index" (B,) int64, on the CPU.
+
+    sampler: lists of keys. On a GPU, the next batch is copied, and its colors are changed, while
+    this one is used. Each clip that cannot be read is told once, and appended to `file`; a batch
+    without any other is left out.
+
+    Attributes: drawn, unreadable (counts), bad {name: reason}, waited (s spent waiting for data).
+    """
+
+    def __init__(self, clips, sampler, device="cpu", workers=0, tell=print, file=None):
+        self.device, self.tell, self.file = torch.device(device), tell, file
+        self.loader = DataLoader(
+            clips, batch_sampler=sampler, collate_fn=collate,
+            pin_memory=self.device.type == "cuda", **_workers(workers))
+        self.fate = "replaced" if getattr(clips, "augment", None) else "left out"
+        self.drawn, self.unreadable, self.bad, self.waited = 0, 0, {}, 0.0
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        if self.device.type != "cuda":
+            yield from map(self.to_device, self.batches())
+            return
+
+        here, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        batches, batch = self.batches(), None
+        for following in itertools.chain(batches, [None]):
+            ready = batch
+            if ready is not None:
+                here.wait_stream(side)  # for this batch; the next is not yet begun
+
+            if following is not None:
+                with torch.cuda.stream(side):
+                    batch = self.to_device(following)
+
+            if ready is not None:
+                for name in ready.keys() - {"index"}:
+                    ready[name].record_stream(here)
+                yield ready
+
+    def batches(self):
+        """Batches on the CPU, with what could not be read told and counted."""
+        batches = _started(self.loader)
+        while True:
+            since = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - since
+            if batch is None:
+                return
+
+            self.note(batch.pop("bad"))
+            self.drawn += len(batch["index"])
+            if len(batch["index"]):
+                yield batch
+
+    def note(self, bad):
+        """Counts clips that could not be read, and tells each once."""
+        self.unreadable += len(bad)
+        for name, reason in bad:
+            if name in self.bad:
+                continue
+            self.bad[name] = reason
+            self.tell(f"unreadable, {self.fate}: {name}: {reason}")
+
+            if self.file:
+                pathlib.Path(self.file).parent.mkdir(parents=True, exist_ok=True)
+                with open(self.file, "a", encoding="utf-8", errors="surrogateescape") as lines:
+                    lines.write(f"{name}: {reason}\n")
+
+    def to_device(self, batch):
+        """A batch with all but its index on the device, and its colors changed."""
+        color = batch.pop("color", None)
+        batch = {
+            k: x if k == "index" else x.to(self.device, non_blocking=True)
+            for k, x in batch.items()}
+        return batch if color is None else batch | {"video": color_jitter(batch["video"], color)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Built-in clips: a generated world of things that are seen and heard
+
+SHAPES = {"star": 0.6, "diamond": 1.0, "disc": 2.0, "square": 8.0}  # p of |x|^p + |y|^p = 1
+THINGS = tuple(f"{pattern} {shape}" for pattern in ("plain", "striped") for shape in SHAPES)
+STRIPES = 0.6  # from one stripe to the next, in radii
+SOFT = 0.6  # the soft partials of a voice; the loud ones are 1
+UNSEEN = UNHEARD = 0.3  # shares of the clips
+LOWEST, HIGHEST = (2595 * math.log10(1 + hertz / 700) for hertz in (180, 1600))  # pitch, mel
+
+
 class Scene:
-    """What happens in a generated clip; lengths are shares of the frame's side."""
+    """A thing flies about in a box and bounces off its walls; a function of (seed, index).
 
-    shape: int
-    voice: int
-    radius: float
-    turn: float  # radians
-    loudness: float
-    phase: np.ndarray  # (2,) x, y: where the path starts, in travel-lengths
-    speed: np.ndarray  # (2,) travel-lengths a second
-    colour: np.ndarray  # (3,) of the shape
-    ground: np.ndarray  # (3, 3): each channel's level, and its slope to the right and down
-    noise: int  # seed of the hits' and the floor's noise
+    Its look (shape, stripes) and its voice (which of the partials 2, 3, 4 are loud) tell which of
+    the THINGS it is. Height is heard as pitch, a bounce as a hit. In some clips it is out of the
+    picture, in some, independently, there is noise instead of its voice: with perfect eyes or ears
+    one is right in 0.7 + 0.3 / 8 = 74 % of the clips, with both in 1 - 0.3^2 * 7 / 8 = 92 %.
+    """
+
+    def __init__(self, seed, index):
+        rng = np.random.default_rng([seed, index])
+        self.seed, self.thing = (seed, index), index % len(THINGS)
+        self.seen, self.heard = rng.random(2) >= (UNSEEN, UNHEARD)  # what follows, things share
+
+        self.radius = rng.uniform(0.28, 0.38)  # lengths are shares of the frame's side
+        self.turn = rng.uniform(-0.3, 0.3)  # radians
+        self.start = rng.uniform(0, 2, 2)  # x, y, in lengths of the way from wall to wall
+        self.speed = rng.uniform(0.15, 0.5, 2) * rng.choice((-1, 1), 2)  # such lengths a second
+        self.loudness = rng.uniform(0.6, 1.0)
+
+        self.color = rng.permutation([0.95, rng.uniform(0.1, 1.0), rng.uniform(0.0, 0.3)])
+        self.ground = rng.uniform(0.0, 0.4, 3)  # a color, and its slope to the right and down
+        self.slope = rng.uniform(-0.15, 0.15, (2, 3))
+        self.stripes = rng.uniform(0, 2 * math.pi)  # where they start: a phase
 
     def position(self, times):
-        """Centre (T, 2) at the times (T,) in s; a triangle wave: it bounces between the walls."""
-        where = (self.phase + self.speed * np.asarray(times)[:, None]) % 2
-        return self.radius + (1 - 2 * self.radius) * np.minimum(where, 2 - where)
+        """Center (T, 2) of the thing at the times (T,) in s: x to the right, y down."""
+        way = (self.start + self.speed * np.asarray(times)[:, None]) % 2
+        return self.radius + (1 - 2 * self.radius) * np.minimum(way, 2 - way)
 
-    def bounces(self, seconds):
-        """Times of contact with a wall, s, sorted."""
-        times = []
-        for phase, speed in zip(self.phase, self.speed):
-            ends = sorted((phase, phase + speed * seconds))
-            times += [
-                (k - phase) / speed for k in range(math.ceil(ends[0]), math.floor(ends[1]) + 1)]
-        return np.sort(times)
+    def pictures(self, times, size):
+        """What is seen at the times (T,) in s: (T, size, size, 3) uint8."""
+        y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size  # (H, W)
+        right, down = self.slope.astype(np.float32)
+        ground = self.ground + right * (x - 0.5)[..., None] + down * (y - 0.5)[..., None]
 
+        center = self.position(times).astype(np.float32)[:, :, None, None]
+        x, y = x - center[:, 0], y - center[:, 1]  # (T, H, W)
+        cos, sin = math.cos(self.turn) / self.radius, math.sin(self.turn) / self.radius
+        x, y = cos * x + sin * y, cos * y - sin * x
 
-def scene(seed, index):
-    """The scene of a clip. Every 16 clips have each pair of shape and voice once: the two are
-    independent, and no modality alone tells the class."""
-    rng = np.random.default_rng([seed, index])
-    colour = rng.uniform(0.1, 1.0, 3)
-    colour[rng.permutation(3)[:2]] = 0.95, rng.uniform(0.0, 0.3)  # bright and saturated
-    return Scene(
-        shape=index % 16 // 4, voice=index % 4, radius=rng.uniform(0.24, 0.34),
-        turn=rng.uniform(-0.3, 0.3), loudness=rng.uniform(0.6, 1.0), phase=rng.uniform(0, 2, 2),
-        speed=rng.uniform(0.15, 0.5, 2) * rng.choice([-1, 1], 2), colour=colour,
-        ground=np.stack([rng.uniform(0.0, 0.4, 3), *rng.uniform(-0.15, 0.15, (2, 3))]),
-        noise=int(rng.integers(2**31)))
+        p = list(SHAPES.values())[self.thing % 4]
+        outside = (np.abs(x) ** p + np.abs(y) ** p) ** (1 / p) - 1  # in radii
+        cover = self.seen * np.clip(0.5 - outside * self.radius * size, 0, 1)  # a soft edge
+        light = np.sin(2 * math.pi / STRIPES * x + self.stripes) if self.thing >= 4 else 1.0
+        paint = (0.65 + 0.35 * light * np.ones_like(x))[..., None] * self.color
 
+        picture = ground + cover[..., None] * (paint - ground)  # (T, H, W, 3)
+        return (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
-def render(scene, times, size):
-    """The pictures at the times (T,) in s: (T, size, size, 3) uint8."""
-    axis = ((np.arange(size) + 0.5) / size).astype(np.float32)
-    y, x = np.meshgrid(axis, axis, indexing="ij")
-    centre = scene.position(times).astype(np.float32)[:, :, None, None]
-    dx, dy = (x - centre[:, 0]) / scene.radius, (y - centre[:, 1]) / scene.radius
-    c, s = math.cos(scene.turn), math.sin(scene.turn)
-    dx, dy = np.abs(c * dx + s * dy), c * dy - s * dx
-    ay = np.abs(dy)
-    outside = (  # how far outside the shape, in radii
-        lambda: np.sqrt(dx * dx + dy * dy) - 1,
-        lambda: np.maximum(dx, ay) - 0.85,
-        lambda: np.maximum(dy - 0.75, 0.87 * dx - 0.5 * dy - 0.55),
-        lambda: np.maximum(np.minimum(dx, ay) - 0.3, np.maximum(dx, ay) - 1),
-    )[scene.shape]()
-    soft = 1 / (scene.radius * size)  # the edge is about a pixel wide
-    cover = np.clip(0.5 - outside / soft, 0, 1)[..., None]
-    level, right, down = scene.ground.astype(np.float32)
-    ground = level + right * (x - 0.5)[..., None] + down * (y - 0.5)[..., None]
-    picture = ground + cover * (scene.colour.astype(np.float32) - ground)
-    return (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    def sound(self, seconds):
+        """What is heard: (S,) float32 at 16 kHz."""
+        count, tail = round(seconds * SAMPLE_RATE), SAMPLE_RATE // 10
+        noise = np.random.default_rng([*self.seed, 1]).standard_normal(count + tail)
 
+        points = np.arange(0, count + 2 * HOP, HOP)  # 100 a second
+        path = self.position(points / SAMPLE_RATE)
+        mel = LOWEST + (HIGHEST - LOWEST) * (1 - path[:, 1])
+        hertz = np.interp(np.arange(count), points, 700 * (10 ** (mel / 2595) - 1))
+        phase = np.cumsum(2 * math.pi / SAMPLE_RATE * hertz).astype(np.float32)
 
-def sound(scene, seconds):
-    """The waveform (S,) float32 at 16 kHz: height is pitch, each bounce a hit."""
-    count = round(seconds * SAMPLE_RATE)
-    rng = np.random.default_rng(scene.noise)
-    times = np.arange(count // HOP + 2) * (HOP / SAMPLE_RATE)  # 100 points/s: pitch changes slowly
-    low, high = (2595 * math.log10(1 + f / 700) for f in (180, 1600))
-    mel = low + (high - low) * (1 - scene.position(times)[:, 1])
-    pitch = np.interp(np.arange(count), times * SAMPLE_RATE, 700 * (10 ** (mel / 2595) - 1))
-    phase = np.cumsum(pitch * (2 * math.pi / SAMPLE_RATE)).astype(np.float32)
-    wave = 0.003 * rng.standard_normal(count, dtype=np.float32)
-    for k, loud in enumerate(list(VOICES.values())[scene.voice], start=1):
-        if loud:
-            wave += 0.15 * scene.loudness * loud * np.sin(k * phase)
-    hit = rng.standard_normal(SAMPLE_RATE // 10, dtype=np.float32)
-    decay = np.exp(-np.arange(len(hit)) / (0.02 * SAMPLE_RATE), dtype=np.float32)
-    hit *= 0.5 * scene.loudness * decay
-    for start in (scene.bounces(seconds) * SAMPLE_RATE).astype(int):
-        wave[start : start + len(hit)] += hit[: count - start]
-    return wave
+        partials = 1.0, *(1.0 if self.thing >> bit & 1 else SOFT for bit in range(3))
+        voice = sum(loud * np.sin(k * phase) for k, loud in enumerate(partials, start=1))
+        wave = 0.15 * self.loudness * voice if self.heard else np.zeros_like(phase)
+        wave = wave + (0.01 if self.heard else 0.1 * self.loudness) * noise[:count]
+
+        hit = 0.5 * self.loudness * noise[count:] * np.exp(-50 / SAMPLE_RATE * np.arange(tail))
+        turned = np.diff(np.sign(np.diff(path, axis=0)), axis=0).any(1)  # in x or in y
+        for start in points[1:-1][turned]:
+            wave[start : start + tail] += hit[: count - start]
+        return wave.astype(np.float32)
 
 
 class Builtin(torch.utils.data.Dataset):
-    """Generated clips: a shape bounces in a box; its height is heard as pitch, a bounce as a hit.
+    """Generated clips with items as those of `Clips`; each is made once and kept."""
 
-    The class is the pair of shape and voice (16 classes). Items are as those of `Clips`; each is
-    made once and kept.
-    """
-
-    classes = [f"{shape} {voice}" for shape in SHAPES for voice in VOICES]
+    classes = THINGS
 
     def __init__(self, count, window, seed=0, modalities=MODALITIES):
-        self.count, self.window, self.seed, self.modalities, self.made = (
-            count, window, seed, modalities, {})
+        self.count, self.window, self.seed = count, window, seed
+        self.modalities, self.made = modalities, {}
 
     def __len__(self):
         return self.count
@@ -944,19 +1422,21 @@ class Builtin(torch.utils.data.Dataset):
         return f"built-in clip {i} of seed {self.seed}"
 
     def __getitem__(self, key):
-        _, i = key
+        """The clip i of the key (epoch, i, draw): the same in each epoch and draw."""
+        i = key[1]
         if i not in self.made:
             self.made[i] = self.make(i)
         return {**self.made[i], "index": i, "bad": []}
 
     def make(self, i):
-        world, window = scene(self.seed, i), self.window
-        clip = {"label": torch.tensor([world.shape * len(VOICES) + world.voice])}
+        scene, window = Scene(self.seed, i), self.window
+        clip = {"label": torch.tensor([scene.thing])}
+
         if "video" in self.modalities:
             times = (np.arange(window.frames) + 0.5) * window.step
-            clip["video"] = torch.from_numpy(render(world, times, window.size))
+            clip["video"] = torch.from_numpy(scene.pictures(times, window.size))
         if "audio" in self.modalities:
-            clip["audio"] = log_mel(torch.from_numpy(sound(world, window.seconds)), window.mels)
+            clip["audio"] = log_mel(torch.from_numpy(scene.sound(window.seconds)), window.mels)
         return clip
 
 
@@ -964,145 +1444,212 @@ class Builtin(torch.utils.data.Dataset):
 # python data.py check, python data.py prepare
 
 
-def examine(i, clips):
-    """(verdict, reason) of clip i: "bad" as training says, "warning" if it is used all the same."""
-    try:
-        clip = clips.read(i, None)
-        with Media(clips.index.path(i), clips.modalities) as media:
+class Check(Dataset):
+    """(verdict, reason, 0) of each clip: "bad" as training says, "warning" if it is used all the
+    same."""
+
+    def __init__(self, clips):
+        self.clips, self.index = clips, clips.index
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        try:
+            warnings = self.warnings(i)
+        except ClipError as error:
+            return "bad", str(error), 0
+        return "warning" if warnings else "", ", ".join(warnings), 0
+
+    def warnings(self, i):
+        clip, window = self.clips.read(i), self.clips.window
+        with Media(self.index.path(i), self.clips.modalities) as media:
             media.deadline = math.inf
-            begin, end = segment_of(media, *clips.index.segment(i))
-            longest = max(clips.window.video_seconds, clips.window.seconds)
-            warnings = (
-                [f"shorter than a window ({end - begin:.2f} s)"]
-                if end - begin < longest - 1e-3
-                else [])
-            if (clip["audio"] <= math.log(2 * MEL_OFFSET)).all():
+            begin, end = self.index.segment_in(media, i)
+
+            warnings = []
+            if end - begin < max(window.video_seconds, window.seconds) - 1e-3:
+                warnings.append(f"shorter than a window ({end - begin:.2f} s)")
+            if "audio" in clip and (clip["audio"] <= math.log(2 * MEL_OFFSET)).all():
                 warnings.append("silent")
-            if (clip["video"] == clip["video"][:1]).all():
+            if "video" in clip and (clip["video"] == clip["video"][:1]).all():
                 warnings.append("still picture")
+
             try:
-                for stream in media.video, media.audio:
-                    for at, _ in media.decode(stream, begin):
-                        if at > end:
-                            break
+                self.decode_all(media, begin, end)
             except (ClipError, *AV_ERRORS) as error:
                 warnings.append(f"damaged outside the first window: {error}")
-        return "warning" if warnings else "", ", ".join(warnings)
-    except ClipError as error:
-        return "bad", str(error)
+            return warnings
+
+    @staticmethod
+    def decode_all(media, begin, end):
+        for stream in filter(None, (media.video, media.audio)):
+            for at, frame in media.decode(stream, begin):
+                if at > end:
+                    break
+                if isinstance(frame, av.Packet):
+                    frame.decode()
 
 
-def check(index, window, workers):
-    """Prints the clips that are bad or odd, and a summary; returns how many are bad."""
-    verdicts = {"": 0, "warning": 0, "bad": 0}
-    job = functools.partial(examine, clips=Clips(index, window))
-    for i, (verdict, reason) in enumerate(_in_parallel(job, len(index), workers)):
+# frames/s: every sampling step of the paper is a multiple of 0.08 s
+PREPARED_RATE = Fraction(25, 2)
+PREPARED_SIDE = 256  # short side, pixels
+QUALITY = 5  # JPEG quantizer, 2 (best) to 31: what one core still reads 50 clips/s of
+
+
+class Prepare(Dataset):
+    """Re-encodes each clip of an Index: frames as JPEG, sound as 16 kHz PCM.
+    -> ("bad" or "", reason, bytes)"""
+
+    def __init__(self, index, target, quality=QUALITY):
+        self.index, self.target, self.quality = index, pathlib.Path(target), quality
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        path = self.path(i)
+        partial = path.with_suffix(".partial")
+        if path.exists():
+            return "", "", path.stat().st_size
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        try:
+            with Media(self.index.path(i), ()) as media:
+                media.deadline = math.inf
+                segment = self.index.segment_in(media, i)
+                with av.open(str(partial), "w", format="matroska") as container:
+                    encode(media, container, *segment, self.quality)
+            os.replace(partial, path)
+
+        except ClipError as error:
+            return "bad", str(error), 0
+        except OSError as error:
+            raise UserError(f"{partial} cannot be written: {error}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+        return "", "", path.stat().st_size
+
+    def path(self, i):
+        """Where clip i goes: its path, with its times in ms if it is a part of the file."""
+        path = pathlib.PurePath(os.fsdecode(self.index.names[i]))
+        start, end = self.index.segment(i)
+        cut = "" if math.isnan(start) else f"_{_ms(start)}_{_ms(end)}"
+        return self.target / path.with_name(path.stem + cut + ".mkv")
+
+
+def encode(media, container, begin, end, quality):
+    """Writes the part of a file between two times, s."""
+    # all streams exist before anything is written
+    picture = media.video and container.add_stream("mjpeg", rate=PREPARED_RATE)
+    sound = media.audio and container.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
+    if picture:
+        picture.options = {"qmin": str(quality), "qmax": str(quality)}
+        encode_picture(media, container, picture, begin, min(end, media.length(media.video)))
+    if sound:
+        encode_sound(media, container, sound, begin, end)
+
+
+def encode_picture(media, container, stream, begin, end):
+    size = resizing(0, PREPARED_SIDE)
+    height, width, _ = next(media.frames(np.array([begin]), size)).shape  # upright
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuvj420p"
+
+    count = max(1, math.ceil((end - begin) * PREPARED_RATE - 1e-6))
+    times = begin + np.arange(count) / float(PREPARED_RATE)
+    for k, image in enumerate(media.frames(times, size)):
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+        frame.pts, frame.time_base = k, 1 / PREPARED_RATE
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def encode_sound(media, container, stream, begin, end):
+    samples = media.samples(begin, end)
+    there = np.flatnonzero(~np.isnan(samples))
+    if len(there):
+        samples = (samples[there[0] : there[-1] + 1].clip(-1, 1) * 32767).astype(np.int16)
+
+        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        frame.sample_rate, frame.time_base = SAMPLE_RATE, Fraction(1, SAMPLE_RATE)
+        frame.pts = int(there[0])
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def _go_through(job, workers, estimate=False):
+    """Runs a job on each clip, by worker processes, and says which clips are not as they should be
+    -> {verdict: count}, bytes."""
+    verdicts, size = collections.Counter(), 0
+    results = _started(DataLoader(job, batch_size=None, **_workers(workers)))
+    results = tqdm(results, total=len(job), disable=None)
+
+    for i, (verdict, reason, more) in enumerate(results):
         verdicts[verdict] += 1
+        size += more
         if verdict:
-            tqdm.write(f"{verdict}: {index.name(i)}: {reason}")
+            tqdm.write(f"{verdict}: {job.index.name(i)}: {reason}")
+        if estimate and i in (9, 99, 999):
+            tqdm.write(f"about {size / (i + 1) * len(job) / 1e9:.2f} GB in all")
+    return verdicts, size
+
+
+def check(index, window, workers, modalities=MODALITIES):
+    """Prints the clips that are bad or odd, and a summary; returns how many are bad."""
+    verdicts, _ = _go_through(Check(Clips(index, window, modalities)), workers)
     print(
         f"{len(index)} clips: {verdicts['']} fine, {verdicts['warning']} used with a warning, "
         f"{verdicts['bad']} bad")
     return verdicts["bad"]
 
 
-def _in_parallel(job, count, workers):
-    with ProcessPoolExecutor(workers) as pool:
-        yield from tqdm(pool.map(job, range(count), chunksize=4), total=count, disable=None)
-
-
-# frames/s: every sampling step of the paper is a multiple of 0.08 s
-PREPARED_RATE = Fraction(25, 2)
-PREPARED_SIDE = 256  # short side, pixels
-QUALITY = 5  # JPEG quantiser, 2 (best) to 31: what one core still reads 50 clips/s of
-
-
-def prepare_one(i, index, target, quality):
-    """Re-encodes clip i: frames as JPEG, sound as 16 kHz PCM. -> (bytes, reason if bad)"""
-    start, end = index.segment(i)
-    path = pathlib.PurePath(os.fsdecode(index.names[i]))
-    cut = "" if math.isnan(start) else f"_{round(start * 1000)}_{round(end * 1000)}"
-    path = pathlib.Path(target) / path.with_name(path.stem + cut + ".mkv")
-    if path.exists():
-        return path.stat().st_size, None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        with Media(index.path(i), ()) as media:
-            media.deadline = math.inf
-            begin, end = segment_of(media, start, end)
-            with av.open(str(partial), "w", format="matroska") as container:
-                _encode(media, container, begin, end, quality)
-    except (ClipError, *AV_ERRORS) as error:
-        partial.unlink(missing_ok=True)
-        return 0, str(error)
-    os.replace(partial, path)
-    return path.stat().st_size, None
-
-
-def _encode(media, container, begin, end, quality):
-    picture = media.video and container.add_stream("mjpeg", rate=PREPARED_RATE)
-    sound = media.audio and container.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
-    if picture:
-        size = resizing(0, PREPARED_SIDE)
-        height, width, _ = next(media.frames(np.array([begin]), size)).shape  # upright
-        picture.width, picture.height, picture.pix_fmt = width, height, "yuvj420p"
-        picture.options = {"qmin": str(quality), "qmax": str(quality)}
-        last = min(end, media.length(media.video))
-        times = begin + np.arange(max(1, math.ceil((last - begin) * PREPARED_RATE - 1e-6))) / float(
-            PREPARED_RATE)
-        for k, image in enumerate(media.frames(times, size)):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = k, 1 / PREPARED_RATE
-            container.mux(picture.encode(frame))
-        container.mux(picture.encode(None))
-    if sound:
-        samples = media.samples(begin, end)
-        there = np.flatnonzero(~np.isnan(samples))
-        if len(there):
-            samples = (samples[there[0] : there[-1] + 1].clip(-1, 1) * 32767).astype(np.int16)
-            frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = (
-                SAMPLE_RATE, int(there[0]), Fraction(1, SAMPLE_RATE))
-            container.mux(sound.encode(frame))
-        container.mux(sound.encode(None))
-
-
 def prepare(index, target, quality, workers):
     """Re-encodes all clips of an Index to `target`; returns how many are bad."""
-    job = functools.partial(prepare_one, index=index, target=target, quality=quality)
-    written, bad = 0, 0
-    for i, (size, reason) in enumerate(_in_parallel(job, len(index), workers)):
-        written, bad = written + size, bad + bool(reason)
-        if reason:
-            tqdm.write(f"bad: {index.name(i)}: {reason}")
-        if i in (9, 99, 999):
-            tqdm.write(f"about {written / (i + 1) * len(index) / 1e9:.2f} GB in all")
+    verdicts, size = _go_through(Prepare(index, target, quality), workers, estimate=True)
     print(
-        f"{len(index) - bad} of {len(index)} clips in {target}, {written / 1e9:.3f} GB; {bad} bad")
-    return bad
+        f"{verdicts['']} of {len(index)} clips in {target}, {size / 1e9:.3f} GB; "
+        f"{verdicts['bad']} bad")
+    return verdicts["bad"]
+
+
+def one_sentence(kind, error, trace):
+    """For sys.excepthook: what the user or a full disk causes is told in a sentence."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if isinstance(error, UserError) or full:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("check", "prepare"))
-    parser.add_argument("source", help="folder of video files")
+
+    parser.add_argument("source", help="folder of video files, or one file")
     parser.add_argument("target", nargs="?", help="prepare: folder to write to")
     parser.add_argument("--annotations", default="", help="annotation file that lists the clips")
+
     parser.add_argument(
-        "--quality", type=int, default=QUALITY, help="prepare: JPEG quantiser, 2 (best) to 31")
+        "--modalities", nargs="+", choices=MODALITIES, default=MODALITIES,
+        help="what clips must have; audio alone takes sound files, too")
+    parser.add_argument(
+        "--quality", type=int, default=QUALITY, help="prepare: JPEG quantizer, 2 (best) to 31")
     parser.add_argument("--seconds", type=float, default=8.0, help="check: audio of a window")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+
+    parser.add_argument("--workers", type=int, default=cpu_count(), help="processes")
     args = parser.parse_args()
-    index = (
-        read_annotations(args.annotations, args.source)
-        if args.annotations
-        else find_clips(args.source))
-    if args.command == "check":
-        return int(check(index, Window(seconds=args.seconds), args.workers) > 0)
-    if not args.target:
+    if args.command == "prepare" and not args.target:
         raise UserError("say where to: python data.py prepare SOURCE TARGET")
+
+    modalities = [m for m in MODALITIES if m in args.modalities]
+    index = (
+        read_annotations(args.annotations, args.source, modalities=modalities)
+        if args.annotations
+        else find_clips(args.source, modalities))
+
+    if args.command == "check":
+        return int(check(index, Window(seconds=args.seconds), args.workers, modalities) > 0)
     return int(prepare(index, args.target, args.quality, args.workers) > 0)
 
 

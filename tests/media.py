@@ -13,7 +13,7 @@ FINE = 200  # of the lower half, which starts again each second
 def write(
     path, seconds=4.0, fps=25, rate=44_100, layout="stereo", size=(64, 48), start=0.0,
     audio_start=0.0, audio_seconds=None, times=None, clicks=(1.0, 2.5), video=True, audio=True,
-    codec="libx264", audio_codec="aac", picture=None, crf=10, loudness=0.8, gap=0.0):
+    codec="libx264", audio_codec="aac", picture=None, crf=10, loudness=0.8, gap=0.0, title=""):
     """Frames whose upper half is as bright as the time is late, and whose lower half starts again
     each second: see `times_of`. A click of 4 ms is heard at each of `clicks` (s).
 
@@ -24,6 +24,8 @@ def write(
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         screen = sound = None
+        if title:
+            container.metadata["title"] = title
         if video:
             screen = container.add_stream(codec, rate=Fraction(fps).limit_denominator(100_000))
             screen.width, screen.height = size

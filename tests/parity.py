@@ -6,10 +6,12 @@ The kind of a file is told by its `config_json`, else by its name.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
+import re
 import sys
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,10 +23,72 @@ OUTPUT_BOUND = {torch.float64: 3e-6, torch.float32: 5e-6}
 GRADIENT_BOUND = 1e-4
 KEY_BIAS_BOUND = 1e-6  # of the global norm: this gradient is exactly 0
 OURS = {"rgb": "video", "spectrogram": "audio"}
+THEIRS = {m: theirs for theirs, m in OURS.items()}
 ENCODERS = {
     "separate_encoders": "separate", "concat_and_encode": "early", "same_encoder": "shared",
     "separate_encoders_and_concat": "mid"}
 DECODERS = {"same_decoder": "shared", "separate_decoders": "separate", "concat_and_decode": "early"}
+
+# Where the authors' parameters are in our models, applied in order to "a/b/c". The importer goes
+# the other way, with a table of its own.
+NAMES = [
+    (r"_(spectrogram|spec)(?=/|$)", "_audio"),
+    (r"_rgb(?=/|$)", "_video"),
+    (r"^embedding/", "patch_embed.video.proj/"),
+    (r"^embedding_(\w+)/", r"patch_embed.\1.proj/"),
+    (r"^Encoder_modality_token_(\w+)", r"patch_embed.\1.modality_embed"),
+    (r"^Decoder_modality_token_", "decoder_modality_embed."),
+    (r"^decoder_projection_", "decoder_embed."),
+    (r"^mask_token_", "mask_token."),
+    (r"^output_projection_", "decoder_pred."),
+    (r"^ProjectionHeadAndClassifier_0/output_projection", "head"),
+    (r"^bottleneck$", "trunk.bottleneck"),
+    (r"^Transformer_concat/", "encoder.stages.1.all/"),
+    (r"^Transformer_(\w+?)/", r"encoder.stages.0.\1/"),
+    (r"^Transformer/", "encoder.stages.0.all/"),
+    (r"^Decoder_(\w+?)/", r"decoder.stages.0.\1/"),
+    (r"^Decoder/", "decoder.stages.0.all/"),
+    (r"encoderblock_", "blocks."),
+    (r"encoder_norm", "norm"),
+    (r"LayerNorm_0", "norm1"),
+    (r"LayerNorm_1", "norm2"),
+    (r"MlpBlock_0/Dense_0", "mlp.fc1"),
+    (r"MlpBlock_0/Dense_1", "mlp.fc2"),
+    (r"MultiHeadDotProductAttention_0/out", "attn.proj"),
+    (r"MultiHeadDotProductAttention_0/(query|key|value)", "attn.qkv"),
+    (r"(kernel|scale)$", "weight"),
+    (r"/", "."),
+]
+MBT_NAMES = [  # the same stack in a finetuned model, whose first modality names no blocks
+    (r"^encoder\.stages\.0\.all\.blocks\.(\d+)_audio", r"trunk.blocks.audio.\1"),
+    (r"^encoder\.stages\.0\.all\.blocks\.(\d+)", r"trunk.blocks.FIRST.\1"),
+    (r"^encoder\.stages\.0\.all\.norm", "trunk.norm"),
+]
+
+
+def official_name(path, first=None):
+    """An official parameter's name in our model, and which of q, k, v (0, 1, 2) it is, or None.
+
+    first: of a finetuned model, its first modality.
+    """
+    name = path
+    for pattern, ours in NAMES + (MBT_NAMES if first else []):
+        name = re.sub(pattern, ours, name)
+
+    part = re.search(r"/(query|key|value)/", path)
+    return name.replace("FIRST", first or ""), part and ("query", "key", "value").index(part[1])
+
+
+def official_tensor(path, array):
+    """An official array as our weight: kernels are (..., in, out) there, (out, in) here."""
+    array = torch.as_tensor(np.asarray(array))
+    if path.startswith("embedding") and array.ndim == 4:  # equal channels in: one channel, summed
+        array = array.sum(2, keepdim=True)
+    if not path.endswith("kernel"):
+        return array.flatten() if path != "bottleneck" else array[0]
+
+    inputs = 1 if re.search("/(query|key|value)/", path) else array.ndim - 1
+    return array.flatten(inputs).flatten(0, inputs - 1).T.contiguous()
 
 
 def error(ours, reference):
@@ -33,176 +97,203 @@ def error(ours, reference):
     return ((ours - reference).abs().max() / max(1.0, reference.abs().max())).item()
 
 
+def mean_of(logits):
+    return torch.stack(list(logits.values())).mean(0)
+
+
 def group(file, prefix):
     """{rest of the key: array} of the keys that start so."""
-    return {k[len(prefix) :]: file[k] for k in file.files if k.startswith(prefix)}
+    return {key[len(prefix) :]: file[key] for key in file if key.startswith(prefix)}
+
+
+def by_ours(file, prefix, dtype=None):
+    """{m: tensor} of the arrays of each modality."""
+    return {OURS[k]: torch.tensor(v, dtype=dtype) for k, v in group(file, prefix).items()}
 
 
 def inputs_of(file, dtype):
     """Inputs by our names; a spectrogram has one channel there, or three equal ones."""
-    arrays = {OURS[k]: torch.tensor(v, dtype=dtype) for k, v in group(file, "inputs/").items()}
-    return {m: x[..., 0] if m == "audio" else x for m, x in arrays.items()}
+    inputs = by_ours(file, "inputs/", dtype)
+    return {m: x[..., 0] if m == "audio" else x for m, x in inputs.items()}
 
 
 def model_of(file, dtype, **assume):
-    params = {k: torch.tensor(v) for k, v in group(file, "params/").items()}
+    """Config, with the shapes of the file's inputs, and weights."""
+    params = {path: torch.tensor(x) for path, x in group(file, "params/").items()}
     checkpoint = avmae.from_official(params, **assume)
-    config = avmae.configure(checkpoint["config"])
-    shape = {
-        m: tuple(x.shape[1:4] if m == "video" else x.shape[1:])
-        for m, x in inputs_of(file, dtype).items()}
-    config = dataclasses.replace(config, shape={**config.shape, **shape})
-    return config, checkpoint["model"]
+    config = avmae.from_dict(checkpoint["config"])
+
+    inputs = inputs_of(file, dtype)
+    modalities = {m: modality.like(inputs[m]) for m, modality in config.modalities.items()}
+    return replace(config, modalities=modalities), checkpoint["model"]
 
 
-def gradient_errors(model, file, prefix, first=None):
-    """Per-tensor gradients and norms against the file's."""
+def gradient_errors(model, file, norms, full, first=None):
+    """The global norm, norms and arrays of gradients; `norms` and `full` say where they lie."""
     grads = {name: p.grad for name, p in model.named_parameters()}
-    total = float(torch.stack([g.norm() for g in grads.values()]).norm())
-    scale = {
-        "grad": file[f"{prefix}grad_global_norm"]
-        if f"{prefix}grad_global_norm" in file.files
-        else file[f"grad{prefix}/global_norm"]}["grad"]
-    yield "global gradient norm", abs(total - scale) / max(1.0, scale), GRADIENT_BOUND
-    norms_at, full_at = (
-        (f"{prefix}gradnorm", f"{prefix}grad/")
-        if first
-        else (f"gradnorm{prefix}", f"grad{prefix}/"))
+    channels = {}  # a gradient of ours stands for so many equal ones in the file
+    for path, kernel in group(file, "params/embedding_").items():
+        channels[f"embedding_{path}"] = kernel.shape[2] if kernel.ndim == 4 else 1
 
     def ours(path):
-        name, slot = avmae.official_name(path, first)
-        if name not in grads:  # a part that this objective does not have
-            return None
-        return grads[name] if slot is None else grads[name].chunk(3)[slot]
+        name, slot = official_name(path, first)
+        grad = grads.get(name)  # None: a part that this objective does not have
+        return grad if grad is None or slot is None else grad.chunk(3)[slot]
+
+    paths = list(map(str, file[f"{norms}/names"]))
+    ours_norm = {
+        path: channels.get(path, 1) ** 0.5 * float(ours(path).norm())
+        for path in paths if ours(path) is not None}
+    key = f"{full}global_norm" if f"{full}global_norm" in file else f"{full[:-1]}_global_norm"
+    scale = float(file[key])
+    total = sum(norm**2 for norm in ours_norm.values()) ** 0.5
+    yield "global gradient norm", abs(total - scale) / max(1.0, scale), GRADIENT_BOUND
+    covered = {official_name(path, first)[0] for path in paths}
+    yield "parameters without a norm", len(grads.keys() - covered), 0
 
     def compare(path, difference, size):
         if path.strip("|").endswith("key/bias"):
             return f"{path} (exactly 0)", difference / scale, KEY_BIAS_BOUND
         return path, difference / max(size, 1e-12), GRADIENT_BOUND
 
-    for path, norm in zip(file[f"{norms_at}/names"], file[f"{norms_at}/values"]):
-        grad = ours(str(path))
-        if grad is None:
-            yield f"|{path}| (unused)", float(norm), 1e-12
-            continue
-        kernel = file[f"params/{path}"]
-        repeats = (
-            kernel.shape[2] ** 0.5 if kernel.ndim == 4 and str(path).startswith("embedding") else 1)
-        yield compare(f"|{path}|", abs(float(grad.norm()) * repeats - float(norm)), float(norm))
-    for path, array in group(file, full_at).items():
-        if path == "global_norm" or ours(path) is None:
-            continue
-        array = array[:, :, :1] if array.ndim == 4 and path.startswith("embedding") else array
-        theirs = avmae.official_tensor(path, torch.tensor(array)).double()
-        mine = ours(path).double()
-        yield compare(
-            path, float((mine.reshape(theirs.shape) - theirs).norm()), float(theirs.norm()))
+    for path, norm in zip(paths, map(float, file[f"{norms}/values"])):
+        if path in ours_norm:
+            yield compare(f"|{path}|", abs(ours_norm[path] - norm), norm)
+        else:
+            yield f"|{path}| (unused)", norm, 1e-12
+
+    for path, array in group(file, full).items():
+        if path != "global_norm" and ours(path) is not None:
+            if path in channels and array.ndim == 4:
+                array = array[:, :, :1]
+            theirs = official_tensor(path, array).double()
+            difference = ours(path).double().reshape(theirs.shape) - theirs
+            yield compare(path, float(difference.norm()), float(theirs.norm()))
+
+
+def strategies(path, file):
+    """What a pretraining file does not tell by its parameters: from its config, else its name."""
+    official = json.loads(str(file["config_json"]))["model"] if "config_json" in file else {}
+    names = path.stem.split("__")
+    targets = sorted(OURS[k] for k in group(file, "loss_raw/") if k != "total")
+
+    objective = "joint"
+    if official.get("use_inpainting", "inpainting" in path.stem):
+        other = {"video": "audio", "audio": "video"}
+        objective = (
+            "inpaint_both" if len(targets) == 2 else f"{targets[0]}_from_{other[targets[0]]}")
+    return {
+        "encoder": ENCODERS[official.get("encoder_strategy") or names[1]],
+        "decoder": DECODERS[official.get("decoder_strategy") or names[2]], "objective": objective}
 
 
 def check_pretraining(path, file, dtype):
     """Predictions, losses, gradients, and the unmasked encoder's output."""
-    official = json.loads(str(file["config_json"]))["model"] if "config_json" in file.files else {}
-    names = path.stem.split("__")
-    encoder = ENCODERS[official.get("encoder_strategy") or names[1]]
-    decoder = DECODERS[official.get("decoder_strategy") or names[2]]
-    targets = sorted(OURS[k] for k in group(file, "loss_raw/") if k != "total")
-    objective = "joint"
-    if official.get("use_inpainting", "inpainting" in path.stem):
-        objective = (
-            "inpaint_both"
-            if len(targets) == 2
-            else f"{targets[0]}_from_{'audio' if targets == ['video'] else 'video'}")
-    config, state = model_of(file, dtype, encoder=encoder, decoder=decoder, objective=objective)
-    masks = tuple(
-        {OURS[k]: torch.tensor(v).long() for k, v in group(file, which).items()}
-        for which in ("unmasked_indices/", "masked_indices/"))
-    ratio = {m: masks[1][m].shape[1] / config.tokens(m) for m in masks[1]}
-    config = dataclasses.replace(
-        config, mask={**config.mask, **{m: r + 1e-9 for m, r in ratio.items()}}, encoder=encoder,
-        decoder=decoder)
-    inputs = inputs_of(file, dtype)
-    for name, standardise in ("raw", False), ("std", True):
-        model = avmae.AVMAE(dataclasses.replace(config, standardise=standardise)).to(dtype)
+    config, state = model_of(file, dtype, **strategies(path, file))
+    inputs, bound = inputs_of(file, dtype), OUTPUT_BOUND[dtype]
+    ids = [
+        {m: x.long() for m, x in by_ours(file, which).items()}
+        for which in ("unmasked_indices/", "masked_indices/")]
+    modalities = {
+        m: replace(modality, mask_ratio=(ids[1][m].shape[1] + 0.5) / modality.tokens)
+        for m, modality in config.modalities.items()}
+    config = replace(config, modalities=modalities)
+
+    for name in "raw", "std":
+        model = avmae.AVMAE(replace(config, norm_pix=name == "std")).to(dtype)
         model.load_state_dict(state)
-        out = model(inputs, masks)
-        for key, prediction in out.predictions.items():
-            theirs = {v: k for k, v in OURS.items()}[key.split("_")[0]]
-            if not standardise:
-                rows = avmae.take(torch.tensor(file[f"out/{theirs}"]), out.places[key])
-                yield f"predictions {key}", error(prediction, rows), OUTPUT_BOUND[dtype]
-            yield (
-                f"loss {name} {key}", error(0.5 * out.losses[key], file[f"loss_{name}/{theirs}"]),
-                OUTPUT_BOUND[dtype])
-        yield f"loss {name}", error(out.loss, file[f"loss_{name}/total"]), OUTPUT_BOUND[dtype]
+        out = model(inputs, ids)
+        for (t, c), pred in out.preds.items():
+            rows = avmae.take(torch.tensor(file[f"out/{THEIRS[t]}"]), out.ids_pred[t, c])
+            yield f"{name} predictions {t} from {c}", error(pred, rows), bound
+            loss = error(0.5 * out.losses[t, c], file[f"loss_{name}/{THEIRS[t]}"])
+            yield f"loss {name} {t} from {c}", loss, bound
+
+        yield f"loss {name}", error(out.loss, file[f"loss_{name}/total"]), bound
         out.loss.backward()
-        yield from gradient_errors(model, file, f"_{name}")
+        yield from gradient_errors(model, file, f"gradnorm_{name}", f"grad_{name}/")
+
     for m, features in model.features(inputs, pool=False).items():
-        theirs = {v: k for k, v in OURS.items()}[m]
-        yield f"features {m}", error(features, file[f"eval_out/{theirs}"]), OUTPUT_BOUND[dtype]
+        yield f"features {m}", error(features, file[f"eval_out/{THEIRS[m]}"]), bound
 
 
 def check_finetuning(path, file, dtype):
     """Logits at test time and in training, tokens, stochastic depth, losses, gradients."""
-    import train_finetune
-
     config, state = model_of(file, dtype, fusion_layer=2)
-    model = avmae.Classifier(config).to(dtype)
-    model.load_state_dict(state)
-    inputs, names = inputs_of(file, dtype), {m: k for k, m in OURS.items()}
-    bound = OUTPUT_BOUND[dtype]
-    logits = model(inputs)
-    yield "logits", error(torch.stack(list(logits.values())).mean(0), file["out/logits"]), bound
-    tokens = model.features(inputs, pool=False)
-    for m in config.modalities:
-        yield f"tokens {m}", error(tokens[m], file[f"out/tokens_{names[m]}"]), bound
-        yield f"pooled {m}", error(tokens[m].mean(1), file[f"out/prelogits_{names[m]}"]), bound
-        yield f"training logits {m}", error(logits[m], file[f"train_out/logits_{names[m]}"]), bound
-    if "droppath/patterns_in_call_order" in file.files:
-        yield from check_stochastic_depth(model, inputs, file, names, bound)
-    if "out_test_without_bottlenecks/logits" in file.files:
-        alone = avmae.Classifier(dataclasses.replace(config, fusion_layer=config.size.layers)).to(
-            dtype)
-        alone.load_state_dict({k: v for k, v in state.items() if k != "trunk.bottleneck"})
-        mean = torch.stack(list(alone(inputs).values())).mean(0)
-        yield (
-            "logits without bottlenecks", error(mean, file["out_test_without_bottlenecks/logits"]),
-            bound)
+    inputs, bound = inputs_of(file, dtype), OUTPUT_BOUND[dtype]
+
+    def model_with(state=state, **settings):
+        model = avmae.Classifier(replace(config, **settings)).to(dtype)
+        model.load_state_dict(state)
+        return model.eval()
+
+    model = model_with()
+    logits, tokens = model(inputs), model.features(inputs, pool=False)
+    yield "logits", error(mean_of(logits), file["out/logits"]), bound
+    for m, theirs in ((m, THEIRS[m]) for m in config.modalities):
+        yield f"tokens {m}", error(tokens[m], file[f"out/tokens_{theirs}"]), bound
+        yield f"pooled {m}", error(tokens[m].mean(1), file[f"out/prelogits_{theirs}"]), bound
+        yield f"training logits {m}", error(logits[m], file[f"train_out/logits_{theirs}"]), bound
+
+    if "droppath/patterns_in_call_order" in file:
+        yield from check_stochastic_depth(model_with(drop_path=0.3), inputs, file, bound)
+    if "out_test_without_bottlenecks/logits" in file:
+        no_bottleneck = {k: v for k, v in state.items() if k != "trunk.bottleneck"}
+        alone = model_with(no_bottleneck, fusion_layer=config.size.depth)
+        theirs = file["out_test_without_bottlenecks/logits"]
+        yield "logits without bottlenecks", error(mean_of(alone(inputs)), theirs), bound
     for kind in "softmax", "sigmoid":
-        model.zero_grad()
-        labels = {
-            m: torch.tensor(file[f"{kind}/labels_{names[m]}"], dtype=dtype)
-            for m in config.modalities}
-        loss = train_finetune.classification_loss(model(inputs), labels, kind, smoothing=0.3)
-        yield f"{kind} loss", error(loss, file[f"{kind}/loss"]), bound
-        loss.backward()
-        yield from gradient_errors(model, file, f"{kind}/", config.modalities[0])
-        mean = {"all": torch.stack(list(logits.values())).mean(0)}
-        onehot = {"all": torch.tensor(file[f"{kind}/labels_onehot"], dtype=dtype)}
-        loss = train_finetune.classification_loss(mean, onehot, kind, smoothing=0.3)
-        yield (
-            f"{kind} loss of mean logits", error(loss, file[f"{kind}/eval_loss_fn_on_avg_logits"]),
-            bound)
+        yield from check_loss(model, inputs, kind, file, bound)
 
 
-def check_stochastic_depth(model, inputs, file, names, bound):
+def check_loss(model, inputs, kind, file, bound):
+    """The loss of each modality's logits with its gradients, and that of their mean."""
+    from train_finetune import classification_loss
+
+    model.zero_grad()
+    logits, dtype = model(inputs), model.head.weight.dtype
+    labels = {
+        m: torch.tensor(file[f"{kind}/labels_{THEIRS[m]}"], dtype=dtype)
+        for m in model.config.modalities}
+    loss = classification_loss(logits, labels, kind, smoothing=0.3)
+    yield f"{kind} loss", error(loss, file[f"{kind}/loss"]), bound
+    loss.backward()
+    first = next(iter(model.config.modalities))
+    yield from gradient_errors(model, file, f"{kind}/gradnorm", f"{kind}/grad/", first)
+
+    onehot = {"all": torch.tensor(file[f"{kind}/labels_onehot"], dtype=dtype)}
+    loss = classification_loss({"all": mean_of(logits)}, onehot, kind, smoothing=0.3)
+    theirs = file[f"{kind}/eval_loss_fn_on_avg_logits"]
+    yield f"{kind} loss of mean logits", error(loss, theirs), bound
+
+
+def check_stochastic_depth(model, inputs, file, bound):
     """The file's patterns in call order: layer 1.., modality, attention then MLP; 1 = dropped."""
-    modalities, layers = model.config.modalities, model.config.size.layers
-    patterns = 1 - torch.tensor(file["droppath/patterns_in_call_order"]).float()
-    patterns = patterns.reshape(layers - 1, len(modalities), 2, -1, 1, 1)
-    first = torch.ones_like(patterns[:1])
-    patterns = torch.cat([first, patterns]).to(next(model.parameters()))
-    logits = model(inputs, {m: patterns[:, i] for i, m in enumerate(modalities)})
-    for m in modalities:
-        yield (
-            f"stochastic depth logits {m}", error(logits[m], file[f"droppath/logits_{names[m]}"]),
-            bound)
+    patterns = iter(torch.tensor(file["droppath/patterns_in_call_order"]))
+    rates = []
+
+    def forward(self, x):
+        if self.rate == 0:  # draws nothing
+            return x
+        rates.append(self.rate)
+        return x * (1 - next(patterns).to(x))[:, None, None]
+
+    with mock.patch.object(avmae.DropPath, "forward", forward):
+        logits = model(inputs)
+
+    yield "stochastic depth rates", error(rates, file["droppath/probabilities_in_call_order"]), 1e-6
+    for m in logits:
+        theirs = file[f"droppath/logits_{THEIRS[m]}"]
+        yield f"stochastic depth logits {m}", error(logits[m], theirs), bound
 
 
 def check(path, dtype):
     """Yields (what, error, bound) for a reference file."""
     path = pathlib.Path(path)
-    file = np.load(path)
-    pretraining = "config_json" in file.files or path.name.startswith("pretrain")
+    with np.load(path) as arrays:
+        file = dict(arrays)
+
+    pretraining = "config_json" in file or path.name.startswith("pretrain")
     yield from (check_pretraining if pretraining else check_finetuning)(path, file, dtype)
 
 
@@ -210,16 +301,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+")
     bad = 0
+
     for path in parser.parse_args().files:
         for dtype in torch.float64, torch.float32:
             rows = list(check(path, dtype))
-            bad += sum(not e <= bound for _, e, bound in rows)
+            above = sum(not e <= bound for _, e, bound in rows)
+            bad += above
             print(
-                f"\n{path} in {str(dtype)[6:]}: {len(rows)} comparisons, "
-                f"{sum(not e <= bound for _, e, bound in rows)} above their bound")
-            gradients = [r for r in rows if "/" in r[0]]
-            for what, e, bound in [r for r in rows if r not in gradients] + sorted(
-                gradients, key=lambda r: -r[1] / r[2])[:5]:
+                f"\n{path} in {str(dtype)[6:]}: {len(rows)} comparisons, {above} above their bound")
+
+            gradients = sorted((r for r in rows if "/" in r[0]), key=lambda r: -r[1] / r[2])
+            for what, e, bound in [r for r in rows if "/" not in r[0]] + gradients[:5]:
                 print(f"  {what:60s} {e:9.2e}  {'ok' if e <= bound else f'ABOVE {bound:.0e}'}")
     return int(bad > 0)
 

@@ -1,5 +1,7 @@
 """The scripts, run for real with tiny settings."""
 
+import ast
+import errno
 import functools
 import json
 import os
@@ -13,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
@@ -25,13 +29,17 @@ import train_finetune
 import train_pretrain
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TINY = [
-    "--clips", "40", "--held-out-clips", "16", "--batch", "8", "--epochs", "4", "--log-every", "1",
-    "--device", "cpu"]
+SCRIPTS = {"train_pretrain": train_pretrain, "train_finetune": train_finetune}
+CPU = ["--device", "cpu"]
+TINY = ["--clips", "40", "--batch", "8", "--epochs", "4", "--log-every", "1", *CPU]
+SAVING = [*TINY, "--save-every", "0"]  # at every step
+SMALL = ["--frames", "4", "--image", "32", "--seconds", "1.28", "--tubelet", "2", "8", "8"]
 FILES = [
-    "--frames", "4", "--image", "32", "--seconds", "1.28", "--tubelet", "2", "8", "8", "--mels",
-    "32", "--frame-step", "0.16", "--size", "demo", "--epochs", "2", "--batch", "4", "--log-every",
-    "1", "--device", "cpu", "--workers", "1"]
+    *SMALL, "--mels", "32", "--frame-step", "0.16", "--size", "demo", "--epochs", "2", "--batch",
+    "4", "--log-every", "1", "--workers", "1", *CPU]
+FINE = [  # 16 clips
+    "--per-class", str(16 // len(data.Builtin.classes)), "--test-clips", "64", "--batch", "4",
+    "--epochs", "3", "--log-every", "1", *CPU]
 
 
 def command(script, *args, torchrun=()):
@@ -53,89 +61,126 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run(script, *args, processes=1, cwd=ROOT, fails=False):
-    """A script's run to its end, in so many forks of a process that has imported torch."""
+def run(script, *args, processes=1, cwd=ROOT, fails=False, **ending):
+    """A script's run to its end, in so many forks of a process that has imported torch; if it is to
+    fail, in a sentence. cwd: a folder, or one for each process."""
     with tempfile.TemporaryDirectory() as said:
         out, err = (pathlib.Path(said, name) for name in ("out", "err"))
         argv = command(script, *args)[1:]
         job = {
-            "argv": argv, "cwd": str(cwd), "out": str(out), "err": str(err),
-            "processes": processes, "port": free_port()}
+            "argv": argv, "cwd": list(map(str, cwd)) if isinstance(cwd, list) else str(cwd),
+            "out": str(out), "err": str(err), "processes": processes, "port": free_port(), **ending}
         forks().stdin.write(json.dumps(job) + "\n")
         forks().stdin.flush()
         status = int(forks().stdout.readline())
         ran = subprocess.CompletedProcess(argv, status, out.read_text(), err.read_text())
-    assert bool(ran.returncode) == fails, ran.stdout + ran.stderr
+
+    expected = bool(status) == fails and "Traceback" not in ran.stderr
+    assert expected or (ending and status), ran.stdout + ran.stderr
     return ran
 
 
-def losses(folder):
-    lines = [
-        json.loads(line) for line in (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()]
-    found = {line["step"]: line["loss"] for line in lines if "loss" in line}
-    assert len(found) == sum("loss" in line for line in lines)  # no step stands there twice
-    return found
+def log(folder):
+    return list(map(json.loads, (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()))
 
 
 def logged(folder, what):
     """A figure of all steps in the log."""
-    lines = map(json.loads, (pathlib.Path(folder) / "log.jsonl").read_text().splitlines())
-    return [line[what] for line in lines if what in line]
+    return [line[what] for line in log(folder) if what in line]
+
+
+def losses(folder):
+    found = {line["step"]: line["loss"] for line in log(folder) if "loss" in line}
+    assert len(found) == len(logged(folder, "loss"))  # no step stands there twice
+    return found
+
+
+def results(folder):
+    return json.loads((pathlib.Path(folder) / "results.json").read_text())
+
+
+def close(folder, other):
+    """Whether two runs logged the same steps, with losses equal to rounding; the gradients' norms
+    as well, since Adam does not see their scale."""
+    assert losses(folder).keys() == losses(other).keys()
+    for what in "loss", "grad_norm":
+        np.testing.assert_allclose(logged(folder, what), logged(other, what), rtol=2e-4)
+
+
+def step_of(path):
+    return avmae.load_checkpoint(path)["step"]
+
+
+def interrupt(args, out, number, script="train_pretrain", **how):
+    """A run that gets a signal when its log has three steps; or a process that it started does."""
+    ending = {"signal": number, "log": str(out / "log.jsonl"), **how}
+    return run(script, *args, "--out", out, **ending)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A short run that nothing interrupts."""
+    """A short run that nothing interrupts: its folder, and what it said."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    ran = run("train_pretrain", *TINY, "--out", out)
-    return out, ran.stdout
+    return out, run("train_pretrain", *TINY, "--out", out).stdout
 
 
 # -------------------------------------------------------------------------------------- pretraining
 
 
+def lines_up(table):
+    """Whether all cells end under the words of the first line."""
+    ends = [[cell.end() for cell in re.finditer(r"\S+", line)] for line in table]
+    return len(table) > 1 and all(x == ends[0] for x in ends)
+
+
 def test_a_run_leaves_what_it_says(whole):
     out, said = whole
-    assert len(losses(out)) == 20
-    last = json.loads(
-        [line for line in (out / "log.jsonl").read_text().splitlines() if '"loss"' in line][-1])
-    assert {
-        "step", "epoch", "loss_video", "loss_audio", "lr", "grad_norm", "clips_per_s", "waiting",
-        "memory_gb", "seconds_left"} <= set(last)
+    lines = said.splitlines()
+    assert [x.split()[0] for x in lines[:5]] == ["device", "model", "clips", "steps", "folder"]
+    assert len(max(lines[:5], key=len)) <= 100 + len(str(out)) and "40 to train on, 256 held out" in lines[2]
+    assert lines_up(lines[5:26]) and lines[5].split()[0] == "step" and "of constant" in said
+
+    left = set(re.findall(r"[\w.]+\.\w+", lines[4].split(": ")[1]))
+    assert left == {"last.pt", "log.jsonl", "settings.json", "curves.svg", "results.json"}
+    assert left | {"pictures"} == {p.name for p in out.iterdir()}
     assert {p.name for p in (out / "pictures").iterdir()} == {
         "0000020_video.png", "0000020_audio.png"}
-    checkpoint = avmae.read(out / "last.pt")
-    assert checkpoint["step"] == 20 and any(k.startswith("decoder") for k in checkpoint["model"])
-    assert "of constant" in said and isinstance(avmae.load(out / "last.pt"), avmae.AVMAE)
+    assert json.loads((out / "settings.json").read_text())["clips"] == 40
+
+    assert len(losses(out)) == 20 and len(logged(out, "held_out")) == 1
+    assert {
+        "step", "epoch", "loss_video", "loss_audio", "lr", "grad_norm", "clips_per_s", "waiting",
+        "seconds_left", "unreadable"} <= set(log(out)[19])
     rates = [train_pretrain.learning_rate(i, 2.4e-2 * 8 / 256, 2.5, 20) for i in range(20)]
     assert logged(out, "lr") == pytest.approx(rates)
-    assert not list(out.glob("*.partial"))
+
+    curves = ElementTree.parse(out / "curves.svg").getroot()
+    names = " ".join(x.text for x in curves.iter("{http://www.w3.org/2000/svg}text") if x.text)
+    assert all(name in names for name in ("loss_video", "loss_audio", "held out: video"))
+    checkpoint = avmae.load_checkpoint(out / "last.pt")
+    assert checkpoint["step"] == 20 and any(k.startswith("decoder") for k in checkpoint["model"])
+    assert isinstance(avmae.load_model(out / "last.pt"), avmae.AVMAE)
+
+
+@pytest.mark.parametrize("names", [["loss", "loss_video_from_audio", "loss_audio"], ["loss"]])
+def test_columns_line_up(names):
+    table, self = [], object.__new__(train_pretrain.Log)
+    self.run, self.names = types.SimpleNamespace(rank=0), names
+    self.bar = types.SimpleNamespace(write=table.append)
+    for k, x in enumerate((1.0, 0.0123, float("nan"))):
+        line = {"step": 10**k, "epoch": 7.5 * 9**k, "lr": 1e-4 * x, "clips_per_s": 9.0 * 30**k}
+        line |= {"waiting": 0.5**k, "seconds_left": 3e4 * k, **dict.fromkeys(names, x)}
+        self.show(line)
+    assert lines_up(table) and len(table) == 4
 
 
 def test_a_finished_run_says_so_again(whole):
+    """Also where a flag is typed that has its value anyway."""
     out, _ = whole
     before = (out / "last.pt").read_bytes()
-    assert "of constant" in run("train_pretrain", *TINY, "--out", out).stdout
-    assert (out / "last.pt").read_bytes() == before and len(losses(out)) == 20
-
-
-def interrupt(args, out, number, script="train_pretrain", torchrun=(), worker=False):
-    """Starts a run and sends a signal to it, or to one of the processes that it started, when its
-    log has three lines -> exit status."""
-    process = subprocess.Popen(
-        command(script, *args, "--out", out, torchrun=torchrun), cwd=ROOT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "log.jsonl").exists() and len(losses(out)) >= 3:
-            break
-        time.sleep(0.02)
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]) if worker else process.pid, number)
-    return process.wait(120)
-
-
-SAVING = [*TINY, "--save-every", "0.2"]  # at every step
+    said = run("train_pretrain", *TINY, "--out", out, "--tubelet", 2, 8, 8).stdout
+    assert "of constant" in said and len(losses(out)) == 20
+    assert (out / "last.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -143,33 +188,28 @@ SAVING = [*TINY, "--save-every", "0.2"]  # at every step
     [(signal.SIGTERM, False), (signal.SIGKILL, False), (signal.SIGKILL, True)],
     ids=["SIGTERM", "SIGKILL", "a worker"])
 def test_a_stopped_run_continues_with_the_same_losses(tmp_path, whole, number, worker):
-    out = tmp_path / "run"
     slow = [*SAVING, "--workers", "2"]  # which change nothing
-    assert interrupt(slow, out, number, worker=worker) != 0
-    stopped_at = avmae.read(out / "last.pt")["step"]
-    assert 0 < stopped_at < 20
-    with open(out / "log.jsonl", "a") as log:  # as a run does that was killed before it saved
-        log.write(json.dumps({"step": 20, "loss": 0.0}) + '\n{"step": 2')
-    run("train_pretrain", *slow, "--out", out)
-    assert losses(out) == losses(whole[0])
+    interrupt(slow, tmp_path, number, worker=worker)
+    assert 0 < step_of(tmp_path / "last.pt") < 20
+    with open(tmp_path / "log.jsonl", "a") as file:  # as a run does that was killed before it saved
+        file.write(json.dumps({"step": 20, "loss": 0.0}) + '\n{"step": 2')
+
+    run("train_pretrain", *slow, "--out", tmp_path)
+    assert losses(tmp_path) == losses(whole[0])
+    assert len(log(tmp_path)) == len(losses(tmp_path)) + 1  # the end's held-out errors
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, whole):
-    out = tmp_path / "run"
-    assert interrupt(SAVING, out, signal.SIGKILL) != 0
-    before = (out / "last.pt").read_bytes()
-    (out / "last.pt.partial").unlink(missing_ok=True)
-    (out / "last.pt.partial").symlink_to("/dev/full")
-    ran = run("train_pretrain", *SAVING, "--out", out, fails=True)
-    assert "could not save" in ran.stderr and "still there" in ran.stderr
-    assert "Traceback" not in ran.stderr and (out / "last.pt").read_bytes() == before
-    run("train_pretrain", *SAVING, "--out", out)
-    assert losses(out) == losses(whole[0])
+    interrupt(SAVING, tmp_path, signal.SIGKILL)
+    before, partial = (tmp_path / "last.pt").read_bytes(), tmp_path / "last.pt.partial"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to("/dev/full")
 
-
-def close(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=2e-4)
+    said = run("train_pretrain", *SAVING, "--out", tmp_path, fails=True).stderr
+    assert "could not save" in said and "still there" in said
+    assert (tmp_path / "last.pt").read_bytes() == before
+    run("train_pretrain", *SAVING, "--out", tmp_path)
+    assert losses(tmp_path) == losses(whole[0])
 
 
 def test_two_machines_give_the_losses_of_one(tmp_path, whole):
@@ -184,89 +224,138 @@ def test_two_machines_give_the_losses_of_one(tmp_path, whole):
         for _ in range(2)]
     said = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
-    close(losses(tmp_path), losses(whole[0]))
-    state, expected = (avmae.read(folder / "last.pt") for folder in (tmp_path, whole[0]))
-    assert state["model"].keys() == expected["model"].keys()
+
+    close(tmp_path, whole[0])
+    ours, theirs = (
+        avmae.load_checkpoint(folder / "last.pt")["model"] for folder in (tmp_path, whole[0]))
+    assert ours.keys() == theirs.keys()
+
+
+def test_machines_that_share_no_folder(tmp_path, whole):
+    """A run goes on where no process has one; it is refused where one has what another lacks."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    shutil.copytree(whole[0], folders[0] / "run")
+    ran = run(
+        "train_pretrain", *TINY, "--out", "run", processes=2, cwd=folders, fails=True)
+    assert "different steps" in ran.stderr and "share the folder" in ran.stderr
+
+    for i in range(3):
+        media.write(tmp_path / "clips" / "train" / "a" / f"{i}.mp4", seconds=2.0)
+    shutil.copytree(tmp_path / "clips" / "train", tmp_path / "clips" / "test")
+    (tmp_path / "clips" / "train" / "a" / "bad.mp4").write_bytes(b"no video")
+    where = [tmp_path / "clips" / "train", "--val", tmp_path / "clips" / "test"]
+    for script, clips in ("train_pretrain", where), ("train_finetune", [tmp_path / "clips"]):
+        flags = [*FILES, "--data", *clips, "--max-bad", "0.9", "--out", script]
+        run(script, *flags, processes=2, cwd=folders)
+        assert len(losses(folders[0] / script)) == 2
 
 
 def test_a_run_moved_from_two_processes_to_one(tmp_path, whole):
     moved = [*SAVING, "--micro-batch", "2"]
-    two = ["--nproc_per_node=2", "--standalone"]
-    assert interrupt(moved, tmp_path, signal.SIGINT, torchrun=two) != 0
-    assert 0 < avmae.read(tmp_path / "last.pt")["step"] < 20
+    interrupt(moved, tmp_path, signal.SIGINT, processes=2)
+    assert 0 < step_of(tmp_path / "last.pt") < 20
     run("train_pretrain", *SAVING, "--out", tmp_path)
-    close(losses(tmp_path), losses(whole[0]))
+    close(tmp_path, whole[0])
 
 
-def test_torchrun_restarts_a_run(tmp_path, whole, monkeypatch):
+def test_rows_that_share_a_clip(tmp_path, whole):
+    """--repeat: the same losses after a resume, and on one process as on two."""
+    twice = [*SAVING, "--repeat", "2"]
+    run("train_pretrain", *twice, "--out", tmp_path / "one")
+    assert losses(tmp_path / "one")[1] != losses(whole[0])[1]
+    interrupt(twice, tmp_path / "cut", signal.SIGTERM, processes=2)
+    assert 0 < step_of(tmp_path / "cut" / "last.pt") < 20
+    run("train_pretrain", *twice, "--out", tmp_path / "cut")
+    close(tmp_path / "cut", tmp_path / "one")
+
+
+def test_torchrun_restarts_a_run(tmp_path, whole):
+    flags = ["--nproc_per_node=2", "--standalone", "--max_restarts=1"]
     # else a restarted process may find the addresses of the one before in torchrun's store
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    restart = ["--nproc_per_node=2", "--standalone", "--max_restarts=1"]
-    assert interrupt(SAVING, tmp_path, signal.SIGKILL, torchrun=restart, worker=True) == 0
-    close(losses(tmp_path), losses(whole[0]))
+    env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    agent = subprocess.Popen(
+        command("train_pretrain", *SAVING, "--out", tmp_path, torchrun=flags), cwd=ROOT, env=env,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline, file = time.monotonic() + 120, tmp_path / "log.jsonl"
+    while time.monotonic() < deadline and not (file.exists() and len(losses(tmp_path)) >= 3):
+        time.sleep(0.02)
+
+    workers = pathlib.Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert agent.wait(120) == 0
+    close(tmp_path, whole[0])
 
 
 def test_accumulation_gives_the_losses_of_one_pass(tmp_path, whole):
-    run(
-        "train_pretrain", *TINY, "--out", tmp_path, "--micro-batch", "2", "--checkpoint-activations"
-    )
-    np.testing.assert_allclose(
-        list(losses(tmp_path).values()), list(losses(whole[0]).values()), rtol=2e-4)
+    less = ["--micro-batch", "2", "--checkpoint-activations"]
+    run("train_pretrain", *TINY, "--out", tmp_path, *less)
+    close(tmp_path, whole[0])
 
 
 def test_a_run_of_other_settings_is_not_overwritten(whole):
     out, _ = whole
     before = (out / "last.pt").read_bytes()
     ran = run("train_pretrain", *TINY, "--out", out, "--encoder", "early", fails=True)
-    assert "encoder is 'mid' there and 'early' here" in ran.stderr and "Traceback" not in ran.stderr
+    assert "encoder is 'mid' there and 'early' here" in ran.stderr
     assert (out / "last.pt").read_bytes() == before
 
 
 def test_weights_can_start_another_run(tmp_path, whole):
-    run(
-        "train_pretrain", *TINY, "--out", tmp_path, "--init", whole[0] / "last.pt", "--epochs", "1",
-        "--seed", "5")
+    init = ["--init", whole[0] / "last.pt"]
+    run("train_pretrain", *TINY, "--out", tmp_path, *init, "--epochs", "1", "--seed", "5")
     assert losses(tmp_path)[1] < losses(whole[0])[1]
     ran = run(
-        "train_pretrain", *TINY, "--out", tmp_path / "b", "--init", whole[0] / "last.pt",
-        "--encoder", "early", fails=True)
-    assert "another architecture" in ran.stderr and "Traceback" not in ran.stderr
+        "train_pretrain", *TINY, "--out", tmp_path / "b", *init, "--encoder", "early", fails=True)
+    assert "another architecture" in ran.stderr
+
+
+def test_held_out_errors_depend_on_the_clips_alone(tmp_path, whole):
+    """Not on the number of processes, nor on what fits into memory."""
+    found = []
+    for processes, micro in (1, 0), (2, 3), (3, 1):
+        out = tmp_path / str(processes)
+        flags = ["--eval", whole[0] / "last.pt", "--micro-batch", micro, "--out", out, *CPU]
+        run("train_pretrain", *flags, processes=processes)
+        errors = results(out)["held_out"]
+        found.append([x for pair in errors.values() for x in pair.values()])
+    assert len(found[0]) == 6
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5, atol=1e-7)
+
+
+def loader(clips, batch):
+    return data.Loader(clips, data.in_order(len(clips), batch))
 
 
 def test_the_constant_that_errors_are_compared_with():
-    window = data.Window(8, 0.32, 32, 2.56, 32)
-    config, _ = train_pretrain.configs(train_pretrain.parse([]))
-    model = avmae.AVMAE(config)
-    clips = [data.Builtin(20, window, s) for s in (0, 1)]
-    loaders = [
-        torch.utils.data.DataLoader(
-            c, 10, sampler=[(0, i) for i in range(20)], collate_fn=data.collate)
-        for c in clips
-    ]
-    ours = train_pretrain.constant_error(model, *loaders)
-    for m in "video", "audio":
+    args = train_pretrain.parse_args([])
+    model = avmae.AVMAE(train_pretrain.config_of(args))
+    clips = [data.Builtin(20, train_pretrain.window_of(args), s) for s in (0, 1)]
+    ours = train_pretrain.constant_error(model, *(loader(x, 10) for x in clips))
+    for m, modality in model.config.modalities.items():
         train, test = (
-            model.embed[m]
-            .normalise(model.embed[m].patchify(torch.stack([c[0, i][m] for i in range(20)])))
+            modality.normalize(modality.patchify(torch.stack([c[0, i, 0][m] for i in range(20)])))
             .flatten(0, 1)
             for c in clips)
         assert ours[m] == pytest.approx((test - train.mean(0)).square().mean().item(), rel=1e-5)
 
 
-def test_evaluation_sees_the_other_modality_swapped():
-    """Where the other modality cannot matter, another clip's makes no difference; else it does."""
-    window = data.Window(8, 0.32, 32, 2.56, 32)
-    loader = torch.utils.data.DataLoader(
-        data.Builtin(16, window), 8, sampler=[(0, i) for i in range(16)], collate_fn=data.collate)
+def test_evaluation_sees_the_other_modality_swapped(tmp_path):
+    """Where the other modality cannot matter, another clip's makes no difference; else it does. A
+    clip that is alone has no other."""
     for encoder, matters in ("shared", False), ("early", True):
-        config, _ = train_pretrain.configs(train_pretrain.parse(["--encoder", encoder]))
+        flags = ["--encoder", encoder, "--out", str(tmp_path), *CPU]
+        args = train_pretrain.parse_args(flags)
         torch.manual_seed(0)
-        model = avmae.AVMAE(config)
+        model, some = avmae.AVMAE(train_pretrain.config_of(args)), train_pretrain.Run(args)
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.2)
-        errors = train_pretrain.evaluate(model, loader, "cpu", train_pretrain.nullcontext)
-        for error, swapped in errors.values():
-            assert (error != swapped) == matters
+
+        for count in 17, 1:
+            clips = data.Builtin(count, train_pretrain.window_of(args))
+            for error, swapped in train_pretrain.evaluate(model, clips, some).values():
+                assert swapped is None if count == 1 else (error != swapped) == matters
 
 
 @pytest.mark.parametrize(
@@ -275,13 +364,75 @@ def test_evaluation_sees_the_other_modality_swapped():
         (["--data", "nowhere"], "there is no folder nowhere"),
         (["--encoder", "separate", "--decoder", "separate"], "--allow-uncoupled"),
         (["--batch", "9", "--micro-batch", "2"], "not divided by"),
-        (["--init", "README.md"], "neither a checkpoint of ours nor"),
-        (["--objective", "dream"], "invalid choice: 'dream'")],
+        (["--init", "README.md"], "neither a checkpoint of ours"),
+        (["--device", "gpu"], "invalid choice: 'gpu'")],
 )
 def test_mistakes_end_in_a_sentence(tmp_path, args, words):
     ran = run("train_pretrain", *args, "--out", tmp_path / "out", fails=True)
-    assert words in ran.stderr and "Traceback" not in ran.stderr
+    assert words in ran.stderr and len(ran.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags(script, capsys):
+    module = SCRIPTS[script]
+    said = run(script, "--help").stdout
+    titles = re.findall(r"^([a-z]+):$", said, re.M)
+    assert titles[-5:] == ["data", "clips", "model", "recipe", "run"]
+    flags = set(re.findall(r"^  (--[a-z-]+)", said, re.M))
+    assert flags == {"--preset"} | {
+        "--" + name.replace("_", "-") for group in module.GROUPS.values() for name in group}
+    assert len(flags) <= 45
+
+    for wrong in ["--wrong"], ["--objective", "x"], ["--device", "cuda:1"], ["--batch", "many"]:
+        with pytest.raises(SystemExit) as end:
+            module.parse_args(wrong)
+        said = capsys.readouterr().err
+        assert end.value.code and len(said.splitlines()) == 1 and wrong[0] in said
+
+
+@pytest.mark.parametrize(
+    "script, preset",
+    [(script, name) for script, x in SCRIPTS.items() for name in x.PRESETS if name != "demo"])
+def test_a_recipe_for_real_videos_is_not_run_on_generated_ones(script, preset):
+    with pytest.raises(data.UserError, match=f"{preset} is for real videos: give --data"):
+        SCRIPTS[script].parse_args(["--preset", preset])
+    SCRIPTS[script].parse_args(["--preset", preset, "--dry-run"])
+
+
+def test_what_ends_in_a_sentence(capsys):
+    """What a user or a machine causes; not a mistake in the code."""
+
+    def said(error):
+        train_pretrain.one_sentence(type(error), error, None)
+        return capsys.readouterr().err
+
+    for error in avmae.UserError("so"), data.UserError("so"), OSError(errno.ENOSPC, "so"):
+        assert "so" in said(error) and len(said(error).splitlines()) == 1
+    for error in ValueError("so"), OSError(errno.EPIPE, "so"), KeyError("so"), RuntimeError("so"):
+        assert type(error).__name__ in said(error) and "error: so" != said(error).strip()
+        assert not said(error).startswith("error")
+    memory = said(torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"))
+    assert "--micro-batch" in memory and "--checkpoint-activations" in memory
+    assert len(memory.splitlines()) == 1
+
+
+def test_nothing_is_used_that_only_unix_has():
+    unix = {"resource", "fcntl", "pwd", "grp", "termios", "pty", "tty", "syslog", "readline"}
+    fine = {"os": {"sched_getaffinity"}, "signal": {"SIGINT", "SIGTERM", "signal"}}  # asked for
+    for name in "avmae", "data", *SCRIPTS:
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                assert not {x.name.split(".")[0] for x in node.names} & unix, name
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module not in {*unix, "os", "signal"}, name
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                of = node.value.id
+                assert of != "signal" or node.attr in fine["signal"], (name, node.attr)
+                assert of != "os" or node.attr in fine["os"] or not re.match(
+                    "fork|get[ugp]id|kill|sched_|mkfifo|nice|wait|statvfs|uname", node.attr)
+    assert 'hasattr(os, "sched_getaffinity")' in (ROOT / "data.py").read_text()
 
 
 # --------------------------------------------------------------------------------------- real files
@@ -289,91 +440,103 @@ def test_mistakes_end_in_a_sentence(tmp_path, args, words):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Nine short videos of two labels, one file that is no video."""
+    """Eleven short videos of two labels, six of them to train on, and in each part no video."""
     root = tmp_path_factory.mktemp("clips")
-    for part in "train", "test":
-        for i in range(6 if part == "train" else 3):
+    for part, count in ("train", 6), ("test", 5):
+        for i in range(count):
             path = root / part / ("cat" if i % 2 else "dog") / f"{part}{i}.mp4"
-            path.parent.mkdir(parents=True, exist_ok=True)
             media.write(path, seconds=2.0, clicks=(0.2 * i,), size=(64, 48))
-    (root / "train" / "cat" / "broken.mp4").write_bytes(b"no video")
+        (root / part / "cat" / "broken.mp4").write_bytes(b"no video")
     return root
 
 
 def test_pretraining_on_files(tmp_path, folder):
-    common = [
-        *FILES, "--data", folder / "train", "--val", folder / "test", "--out", tmp_path / "out"]
-    ran = run("train_pretrain", *common, "--max-bad", "0.5", "--epochs", "4")
-    assert ran.stdout.count("unreadable, replaced: cat/broken.mp4: cannot be opened") == 1
-    assert max(logged(tmp_path / "out", "unreadable")) > 1  # named once all the same
-    assert (
-        (tmp_path / "out" / "unreadable.txt")
-        .read_text()
-        .startswith("cat/broken.mp4: cannot be opened"))
+    out, broken = tmp_path / "out", "cat/broken.mp4: cannot be opened"
+    common = [*FILES, "--data", folder / "train", "--val", folder / "test", "--out"]
+    said = run("train_pretrain", *common, out, "--max-bad", "0.5", "--epochs", "4").stdout
+    assert said.count(f"unreadable, replaced: {broken}") == 1
+    assert max(logged(out, "unreadable")) > 1  # named once all the same
+    assert said.count(f"unreadable, left out: {broken}") == 1
+    bad = (out / "unreadable.txt").read_text().splitlines()
+    assert len(bad) == 2 and all(broken in line for line in bad)
+
+    before = (out / "results.json").read_bytes()
+    look = ["--eval", out / "last.pt", *CPU, "--data"]
+    run("train_pretrain", *look, folder / "test" / "dog" / "test0.mp4", cwd=tmp_path)
+    assert (out / "results.json").read_bytes() == before
+    found = results(tmp_path / "runs" / "eval")
+    assert found["clips"] == 1 and found["held_out"]["video"]["lower_than_swapped"] is None
+    assert len(list((tmp_path / "runs" / "eval" / "pictures").glob("*.png"))) == 2
+
     ran = run(
-        "train_pretrain", "--evaluate", tmp_path / "out" / "last.pt", "--device", "cpu",
-        "--picture", folder / "test" / "dog" / "test0.mp4", cwd=tmp_path)
-    assert {p.name for p in tmp_path.glob("*.png")} == {"test0_video.png", "test0_audio.png"}
-    ran = run("train_pretrain", *common[:-1], tmp_path / "other", "--max-bad", "0.05", fails=True)
-    assert "more than --max-bad 0.05" in ran.stderr and "Traceback" not in ran.stderr
-    ran = run(
-        "train_pretrain", "--evaluate", tmp_path / "out" / "last.pt", "--picture",
-        folder / "train" / "cat" / "broken.mp4", fails=True)
-    assert "cannot be opened" in ran.stderr
+        "train_pretrain", *look, folder / "train" / "cat" / "broken.mp4", cwd=tmp_path, fails=True)
+    assert "cannot be opened" in ran.stdout and "can be read" in ran.stderr
+    ran = run("train_pretrain", *common, tmp_path / "other", "--max-bad", "0.05", fails=True)
+    assert "more than --max-bad 0.05" in ran.stderr
 
 
-def test_finetuning_on_files_and_what_can_be_done_with_the_model(tmp_path, folder):
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, folder):
+    """A model finetuned on these files."""
+    out = tmp_path_factory.mktemp("runs") / "tuned"
     run(
         "train_finetune", *FILES, "--data", folder, "--views", "2", "--out", out, "--max-bad", "0.5"
     )
-    results = json.loads((out / "results.json").read_text())
-    assert results["clips"] == 3 and results["unreadable"] == 0 and "top-1" in results["metrics"]
-    best = out / "best.pt"
-    again = run(
-        "train_finetune", "--eval", best, "--device", "cpu", "--data", folder, "--out",
-        tmp_path / "e", "--predictions", tmp_path / "p.csv")
-    rows = (tmp_path / "p.csv").read_text().splitlines()
-    assert len(rows) == 3 and rows[0].split(",")[1] in ("cat", "dog") and "top-1" in again.stdout
-    said = run(
-        "train_finetune", "--eval", best, "--device", "cpu", "--predict",
-        folder / "test" / "dog" / "test0.mp4").stdout
+    return out
+
+
+def test_finetuning_on_files_and_what_can_be_done_with_the_model(tmp_path, folder, tuned):
+    before = (tuned / "results.json").read_bytes()
+    assert results(tuned)["clips"] == 5 and results(tuned)["unreadable"] == 1
+    best = ["--eval", tuned / "best.pt", *CPU]
+    said = run("train_finetune", *best, "--data", folder, cwd=tmp_path).stdout
+    rows = (tmp_path / "runs" / "eval" / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 5 and rows[0].split(",")[1] in ("cat", "dog")
+    assert "top-1" in said and "unreadable, left out: cat/broken.mp4" in said
+    assert (tuned / "results.json").read_bytes() == before
+
+    said = run("train_finetune", *best, "--predict", folder / "test" / "dog" / "test0.mp4").stdout
     assert "cat" in said and "dog" in said
     media.write(tmp_path / "mute.mp4", audio=False)
     media.write(tmp_path / "silent.mp4", clicks=())
     for name, words in ("mute", "no audio track"), ("silent", "silent"):
-        said = run(
-            "train_finetune", "--eval", best, "--device", "cpu", "--predict",
-            tmp_path / f"{name}.mp4").stdout
+        said = run("train_finetune", *best, "--predict", tmp_path / f"{name}.mp4").stdout
         assert words in said and "picture alone" in said and "cat" in said
 
 
+@pytest.mark.parametrize("processes", [3, 8])  # which don't divide the clips; more than there are
+def test_evaluation_on_some_processes_is_that_on_one(tmp_path, folder, tuned, processes):
+    flags = ["--eval", tuned / "best.pt", "--data", folder, "--workers", "0", *CPU]
+    run("train_finetune", *flags, "--out", tmp_path, processes=processes)
+    ours, theirs = results(tmp_path), results(tuned)
+    assert (ours["clips"], ours["unreadable"]) == (5, 1)
+    assert ours["metrics"] == theirs["metrics"]
+
+
 def test_held_out_clips_are_not_trained_on(tmp_path, folder):
-    said = run(
-        "train_pretrain", *FILES, "--data", folder, "--out", tmp_path, "--dry-run").stdout
+    said = run("train_pretrain", *FILES, "--data", folder, "--out", tmp_path, "--dry-run").stdout
     clips = data.find_clips(folder)
     held = int(data.held_out(clips).sum())
-    assert held and f"{len(clips) - held} training clips, {held} held out" in said
+    assert held and f"{len(clips) - held} to train on, {held} held out" in said
 
 
-@pytest.mark.parametrize("script", ["train_pretrain", "train_finetune"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_step_that_a_clip_breaks_is_named_and_not_applied(tmp_path, script):
-    clips = tmp_path / "clips"
+    clips, pretraining = tmp_path / "clips", script == "train_pretrain"
     for i in range(3):
         media.write(clips / "train" / "a" / f"good{i}.mp4", seconds=2.0)
     for part in "train", "test":  # finite in the file, not in the spectrogram
         media.write(
             clips / part / "b" / "loud.mkv", seconds=2.0, audio_codec="pcm_f32le", layout="mono",
             rate=16_000, loudness=3e38 if part == "train" else 0.8, clicks=np.arange(20) / 10)
-    flags = [*FILES, "--batch", "1", "--epochs", "3", "--out", tmp_path / "out"]
-    if script == "train_pretrain":
-        ran = run(script, *flags, "--data", clips / "train", "--val", clips / "test")
-    else:
-        ran = run(script, *flags, "--data", clips)
-    lines = [line for line in ran.stdout.splitlines() if "is not finite" in line]
-    named = "loss_audio" if script == "train_pretrain" else "loss"
+
+    flags = [*FILES, "--batch", "1", "--epochs", "3", "--out", tmp_path / "out", "--data"]
+    flags += [clips / "train", "--val", clips / "test"] if pretraining else [clips]
+    said = run(script, *flags).stdout
+    lines = [line for line in said.splitlines() if "is not finite" in line]
+    named = "loss_audio" if pretraining else "loss"
     assert len(lines) == 3 and all(named in x and "loud.mkv" in x for x in lines)
-    weights = avmae.read(tmp_path / "out" / "last.pt")["model"].values()
+    weights = avmae.load_checkpoint(tmp_path / "out" / "last.pt")["model"].values()
     assert all(p.isfinite().all() for p in weights)
     assert sum(np.isfinite(x) for x in losses(tmp_path / "out").values()) == 9
 
@@ -386,16 +549,7 @@ def test_pretraining_on_hardly_any_clips(tmp_path, count):
     assert len(losses(tmp_path / "out")) == 2  # an epoch is a step, where a batch is larger
 
 
-def test_checkpoints_to_keep(tmp_path):
-    run("train_pretrain", *TINY, "--epochs", "2", "--keep-every", "1", "--out", tmp_path)
-    assert [avmae.read(tmp_path / f"epoch_{k}.pt")["step"] for k in (1, 2)] == [5, 10]
-
-
 # --------------------------------------------------------------------------------------- finetuning
-
-FINE = [
-    "--per-class", "1", "--test-clips", "64", "--batch", "4", "--epochs", "3", "--log-every", "1",
-    "--device", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -410,43 +564,49 @@ def test_finetuning_from_a_pretrained_model(tmp_path, whole, args):
     shutil.copy(whole[0] / "last.pt", last)
     init = [last] if args else [f"video={last}", f"audio={last}"]  # one for both, or one for each
     said = run("train_finetune", *FINE, *args, "--init", *init, "--out", tmp_path).stdout
-    assert "fresh: " in said and "head.weight" in said and len(losses(tmp_path)) == 12
-    model, before = avmae.load(tmp_path / "last.pt"), avmae.load(whole[0] / "last.pt")
-    m = model.config.modalities[0]
-    changed = not model.trunk.path(m)[0].attn.qkv.weight.equal(
-        before.encoder.path(m)[0].attn.qkv.weight)
-    assert changed == ("probe" not in args)
+    assert re.search("^fresh .*head.weight", said, re.M) and len(losses(tmp_path)) == 12
+
+    model, before = (avmae.load_model(f) for f in (tmp_path / "last.pt", whole[0] / "last.pt"))
+    m = next(iter(model.config.modalities))
+    ours, theirs = (x.path(m)[0].attn.qkv.weight for x in (model.trunk, before.encoder))
+    assert ours.equal(theirs) == ("probe" in args)
 
 
 def test_finetuning_keeps_to_its_recipe(tmp_path, monkeypatch, capsys):
     """Learning rate, norm of the gradient, stochastic depth; and the best model is kept."""
-    generators, draw = [], avmae.draw_keep
+    seeds, clipped, clip = [], [], torch.nn.utils.clip_grad_norm_
+    drop = avmae.DropPath.forward
     monkeypatch.setattr(
-        avmae, "draw_keep", lambda *args: generators.append(args[-1].initial_seed()) or draw(*args))
+        avmae.DropPath, "forward",
+        lambda self, x: self.training and seeds.append(torch.initial_seed()) or drop(self, x))
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_",
+        lambda p, norm, *rest: clipped.append(norm) or clip(p, norm, *rest))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    flags = [*FINE, "--drop-path", "0.5", "--eval-every", "1", "--lr", "0.4", "--seed", "1"]
+    flags = [*FINE, "--drop-path", "0.5", "--eval-every", "1", "--lr", "0.4", "--seed", "2"]
     monkeypatch.setattr(sys, "argv", ["train_finetune.py", *flags, "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "train_finetune.py"), run_name="__main__")
-    assert not end.value.code and len(generators) == len(set(generators)) == 12
-    tops = [float(x) for x in re.findall(r"^top-1 ([\d.]+)", capsys.readouterr().out, re.M)]
-    best = avmae.read(tmp_path / "best.pt")["metrics"]["top-1"]
-    assert len(tops) == 3 and best == pytest.approx(max(tops), abs=1e-4)  # here not the last
-    peak, warmup = 0.4 * 4 / 16, train_finetune.parse([]).warmup * 4
-    rates = [train_pretrain.learning_rate(i, peak, warmup, 12) for i in range(12)]
+
+    assert not end.value.code and len(set(seeds)) == 12 and clipped == [1.0] * 12
+    tops = [x["top-1"] for x in logged(tmp_path, "held_out")]
+    steps = [x["step"] for x in log(tmp_path) if "held_out" in x]
+    best = avmae.load_checkpoint(tmp_path / "best.pt")
+    assert steps == [4, 8, 12] and best["step"] == steps[tops.index(max(tops))]
+    assert best["metrics"]["top-1"] == max(tops)  # with this seed not the last
+    said = re.findall(r"^top-1 ([\d.]+)", capsys.readouterr().out, re.M)
+    assert list(map(float, said)) == pytest.approx(tops, abs=1e-4)
+    warmup = train_finetune.parse_args([]).warmup * 4
+    rates = [train_pretrain.learning_rate(i, 0.4 * 4 / 16, warmup, 12) for i in range(12)]
     assert logged(tmp_path, "lr") == pytest.approx(rates)
-    monkeypatch.undo()
-    short = [*FINE, "--clip-grad", "1e-6", "--lr", "1", "--out", tmp_path / "clipped"]
-    run("train_finetune", *short)
-    assert 0 < avmae.load(tmp_path / "clipped" / "last.pt").head.weight.abs().max() < 1e-5
 
 
 def test_layers_learn_at_their_own_rates(tmp_path, whole):
-    pretrained = avmae.load(whole[0] / "last.pt")
+    pretrained = avmae.load_model(whole[0] / "last.pt")
     flags = ["--init", whole[0] / "last.pt", "--layer-decay", "0", "--out", tmp_path]
     run("train_finetune", *FINE, *flags)
-    model = avmae.load(tmp_path / "last.pt")
+    model = avmae.load_model(tmp_path / "last.pt")
     for m in avmae.MODALITIES:  # of all blocks it is 0 times that of the head
         for ours, theirs in zip(model.trunk.path(m), pretrained.encoder.path(m), strict=True):
             assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
@@ -454,45 +614,57 @@ def test_layers_learn_at_their_own_rates(tmp_path, whole):
 
 
 def test_a_stopped_finetuning_continues_with_the_same_losses(tmp_path):
-    fine = [*FINE, "--save-every", "0.25", "--eval-every", "3", "--lr", "0.05"]
+    fine = [*FINE, "--save-every", "0", "--eval-every", "3", "--lr", "0.05"]
     run("train_finetune", *fine, "--out", tmp_path / "whole")
-    assert interrupt(fine, tmp_path / "cut", signal.SIGTERM, "train_finetune") != 0
-    assert 0 < avmae.read(tmp_path / "cut" / "last.pt")["step"] < 12
-    run("train_finetune", *fine, "--out", tmp_path / "cut")
+    for name, number, processes in ("cut", signal.SIGTERM, 1), ("moved", signal.SIGKILL, 2):
+        out = tmp_path / name
+        interrupt(fine, out, number, "train_finetune", processes=processes)
+        assert 0 < step_of(out / "last.pt") < 12
+        run("train_finetune", *fine, "--out", out)
+        close(out, tmp_path / "whole")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    two = ["--nproc_per_node=2", "--standalone"]
-    moved = tmp_path / "moved"
-    assert interrupt(fine, moved, signal.SIGKILL, "train_finetune", two, worker=True) != 0
-    assert 0 < avmae.read(moved / "last.pt")["step"] < 12
-    run("train_finetune", *fine, "--out", moved)
-    close(losses(moved), losses(tmp_path / "whole"))
 
 
-def test_evaluation_on_three_processes_is_that_on_one(tmp_path, folder):
-    out = tmp_path / "out"
-    run(
-        "train_finetune", *FILES, "--data", folder, "--views", "2", "--out", out, "--max-bad", "0.5"
-    )
-    for name in (
-        "test3.mp4",
-        "test4.mp4",
-    ):  # five clips, one unreadable: three processes don't divide them
-        (folder / "test" / "cat" / name).write_bytes(
-            (folder / "test" / "dog" / "test0.mp4").read_bytes())
-    (folder / "test" / "cat" / "wrong.mp4").write_bytes(b"nothing")
-    try:
-        metrics = []
-        for processes in 1, 3, 8:  # which is more than there are clips
-            run(
-                "train_finetune", "--eval", out / "best.pt", "--data", folder, "--device", "cpu",
-                "--workers", "0", "--out", tmp_path / f"e{processes}", processes=processes)
-            results = json.loads((tmp_path / f"e{processes}" / "results.json").read_text())
-            assert (results["clips"], results["unreadable"]) == (5, 1)
-            metrics.append(results["metrics"])
-        assert metrics[0] == metrics[1]
-    finally:
-        for name in "test3.mp4", "test4.mp4", "wrong.mp4":
-            (folder / "test" / "cat" / name).unlink()
+def test_momentum_starts_at_zero_though_the_first_step_is_skipped(monkeypatch):
+    """What is not yet written is NaN here, as it may be anything."""
+    model = avmae.Classifier(train_finetune.config_of(args := train_finetune.parse_args([]), (3,)))
+    before = [p.detach().clone() for p in model.parameters()]
+    monkeypatch.setattr(torch, "empty_like", lambda x, **kw: torch.full_like(x, torch.nan, **kw))
+    optimizer = train_finetune.make_optimizer(model, args)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+
+    for skipped in 1.0, 0.0:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, torch.inf if skipped else 2.0)
+        optimizer.found_inf = torch.tensor(skipped)
+        optimizer.step()
+        for p, old in zip(model.parameters(), before, strict=True):
+            torch.testing.assert_close(p.detach(), old if skipped else old - 1.0)
+
+
+def test_each_modality_is_mixed_with_its_own_weight():
+    inputs = {"video": torch.zeros(2, 3, dtype=torch.uint8), "audio": torch.zeros(2, 3)}
+    inputs["video"][0], inputs["audio"][0] = 255, 1.0
+    target = torch.eye(2)
+    found = set()
+    for place in range(3):
+        mixed, labels = train_finetune.mixed(inputs, target, 0.5, 0, 7, place)
+        lam = {m: labels[m][0, 0].item() for m in inputs}
+        found |= set(lam.values())
+        assert mixed["audio"][0, 0].item() == pytest.approx(lam["audio"], abs=1e-6)
+        assert mixed["video"][0, 0].item() == pytest.approx(2 * lam["video"] - 1, abs=1e-6)
+    assert len(found) == 6
+    assert train_finetune.mixed(inputs, target, 0.0, 0, 7, 0)[0] is inputs
+
+
+def test_logits_are_the_mean_of_modalities_and_views():
+    inputs = {m: torch.randn(4, 3, 5) for m in avmae.MODALITIES}  # of three views
+    found = train_finetune.predict(lambda x: x, inputs, 3)
+    torch.testing.assert_close(found, (inputs["video"] + inputs["audio"]).mean(1) / 2)
+    one = {m: x[:, 0] for m, x in inputs.items()}
+    torch.testing.assert_close(
+        train_finetune.predict(lambda x: x, one, 1), (one["video"] + one["audio"]) / 2)
 
 
 @pytest.mark.parametrize(
@@ -501,14 +673,13 @@ def test_evaluation_on_three_processes_is_that_on_one(tmp_path, folder):
         (["--init", "nothing.pt"], "cannot read nothing.pt"),
         (["--data", "nowhere"], "there is no folder"),
         (["--size", "tiny", "--init", "PRETRAINED"], "must be equal"),
-        (["--init", "smell=PRETRAINED"], "unknown stream 'smell'"),
+        (["--init", "smell=PRETRAINED"], "no stream 'smell'"),
         (["--eval", "PRETRAINED"], "is a pretrained model")],
 )
 def test_mistakes_in_finetuning_end_in_a_sentence(tmp_path, whole, args, words):
     args = [a.replace("PRETRAINED", str(whole[0] / "last.pt")) for a in args]
-    ran = run("train_finetune", *args, "--device", "cpu", "--out", tmp_path / "out", fails=True)
-    assert words in ran.stderr and "Traceback" not in ran.stderr
-    assert not (tmp_path / "out").exists()
+    ran = run("train_finetune", *args, *CPU, "--out", tmp_path / "out", fails=True)
+    assert words in ran.stderr and not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------- benchmarks
@@ -518,8 +689,7 @@ def epic_csv(rows):
     head = (
         "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
         "start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,"
-        "all_noun_classes\n"
-    )
+        "all_noun_classes\n")
     return head + "".join(
         f"{v}_{k},P01,{v},00:00:01.089,00:00:{a:05.2f},00:00:{b:05.2f},8,202,x,x,{verb},x,{noun},"
         "['x'],[3]\n"
@@ -530,66 +700,58 @@ def benchmark(folder, name):
     """Clips and annotations in a benchmark's official format -> its arguments."""
     for i in range(6):
         media.write(folder / "clips" / f"P01_0{i}.mp4", seconds=3.0, clicks=(0.3 * i,))
+
+    def listed(train, test):
+        """The files of the two parts, with their texts."""
+        for file, text in (train, test):
+            (folder / file).write_text(text)
+        return ["--annotations", folder / train[0], "--val-annotations", folder / test[0]]
+
     if name == "audioset":
         (folder / "class_labels_indices.csv").write_text(
             "index,mid,display_name\n" + "".join(f'{i},/m/0{i},"Sound {i}"\n' for i in range(527)))
-        for part, ids in ("train", (0, 1, 2, 3)), ("eval", (4, 5, 0)):
-            (folder / f"{part}_segments.csv").write_text(
-                "# a\n# b\n# c\n"
-                + "".join(f'P01_0{i}, 30.000, 33.000, "/m/0{i},/m/09"\n' for i in ids))
-        return [
-            "--annotations", folder / "train_segments.csv", "--val-annotations",
-            folder / "eval_segments.csv"]
+        return listed(*(
+            (f"{part}_segments.csv", "# a\n# b\n# c\n" + "".join(
+                f'P01_0{i}, 30.000, 33.000, "/m/0{i},/m/09"\n' for i in ids))
+            for part, ids in (("train", (0, 1, 2, 3)), ("eval", (4, 5, 0)))))
     if name == "epic":
-        for part, ids in ("train", (0, 1, 2, 3)), ("validation", (4, 5)):
-            (folder / f"EPIC_100_{part}.csv").write_text(
-                epic_csv([(f"P01_0{i}", 0.5, 2.5, i, 10 * i) for i in ids]))
-        return [
-            "--annotations", folder / "EPIC_100_train.csv", "--val-annotations",
-            folder / "EPIC_100_validation.csv"]
+        return listed(*(
+            (f"EPIC_100_{part}.csv", epic_csv([(f"P01_0{i}", 0.5, 2.5, i, 10 * i) for i in ids]))
+            for part, ids in (("train", (0, 1, 2, 3)), ("validation", (4, 5)))))
     if name == "ave":
-        for part, ids in ("train", (0, 1, 2, 3)), ("test", (4, 5)):
-            (folder / f"{part}Set.txt").write_text(
-                "".join(f"{'Bark' if i % 2 else 'Axe'}&P01_0{i}&good&2&7\n" for i in ids))
-        return [
-            "--annotations", folder / "trainSet.txt", "--val-annotations", folder / "testSet.txt"]
+        return listed(*(
+            (f"{part}Set.txt", "".join(
+                f"{'Bark' if i % 2 else 'Axe'}&P01_0{i}&good&2&7\n" for i in ids))
+            for part, ids in (("train", (0, 1, 2, 3)), ("test", (4, 5)))))
     (folder / "vggsound.csv").write_text(
         "".join(f'P01_0{i},30,"sound, {i % 2}",{"test" if i > 3 else "train"}\n' for i in range(6)))
     return ["--annotations", folder / "vggsound.csv"]
 
 
 @pytest.mark.parametrize(
-    "name, metrics, clips",
+    "name, metrics, clips, classes",
     [
-        ("vggsound", ["top-1", "top-5"], 2), ("audioset", ["mAP", "AUC", "d-prime"], 3),
-        ("epic", ["action", "verb", "noun"], 2), ("ave", ["segment accuracy"], 2)],
+        ("vggsound", ["top-1", "top-5"], 2, (2,)), ("ave", ["segment accuracy"], 2, (3,)),
+        ("audioset", ["mAP", "AUC", "d-prime"], 3, (527,)),
+        ("epic", ["action", "verb", "noun"], 2, (97, 300))],
 )
-def test_a_benchmark_in_its_official_format(tmp_path, name, metrics, clips):
-    args = benchmark(tmp_path, name)
-    small = [
-        "--size", "demo", "--fusion-layer", "2", "--image", "32", "--tubelet", "2", "8", "8",
-        "--mels", "32", "--frames", "4" if name != "ave" else "32", "--epochs", "2", "--batch", "4",
-        "--log-every", "1", "--device", "cpu", "--workers", "1", "--frequency-masks", "1", "8",
-        "--out", tmp_path / "out"]
-    if name != "ave":
-        small += ["--seconds", "1.28", "--views", "2"]
+def test_a_benchmark_in_its_official_format(tmp_path, name, metrics, clips, classes):
+    args, out = benchmark(tmp_path, name), tmp_path / "out"
+    small = [*FILES, "--fusion-layer", "2", "--views", "2", "--out", out]
+    if name == "ave":  # its model looks at all of 10 s
+        small += ["--frames", "32", "--seconds", "10", "--frame-step", 10 / 32, "--views", "1"]
     run("train_finetune", "--preset", name, "--data", tmp_path / "clips", *args, *small)
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(results["metrics"]) == metrics and results["clips"] == clips
-    saved = avmae.read(tmp_path / "out" / "last.pt")
-    assert (
-        saved["config"]["classes"]
-        == {"vggsound": [2], "audioset": [527], "epic": [97, 300], "ave": [3]}[name])
-    assert all(np.isfinite(list(losses(tmp_path / "out").values())))
+    assert list(results(out)["metrics"]) == metrics and results(out)["clips"] == clips
+    assert tuple(avmae.load_checkpoint(out / "last.pt")["config"]["num_classes"]) == classes
+    assert all(np.isfinite(list(losses(out).values())))
+
     if name == "vggsound":  # the same clips with another number of classes
-        (tmp_path / "three.csv").write_text(
-            "".join(f"P01_0{i},30,sound {i % 3},{'test' if i > 2 else 'train'}\n" for i in range(6))
-        )
-        ran = run(
-            "train_finetune", "--eval", tmp_path / "out" / "last.pt", "--annotations",
-            tmp_path / "three.csv", "--out", tmp_path / "e", fails=True)
+        (tmp_path / "three.csv").write_text("".join(
+            f"P01_0{i},30,sound {i % 3},{'test' if i > 2 else 'train'}\n" for i in range(6)))
+        three = ["--annotations", tmp_path / "three.csv", "--out", tmp_path / "e"]
+        ran = run("train_finetune", "--eval", out / "last.pt", *three, fails=True)
         assert "2 classes apart, these clips have 3" in ran.stderr
-        assert "Traceback" not in ran.stderr and not (tmp_path / "e").exists()
+        assert not (tmp_path / "e").exists()
 
 
 def test_the_authors_finetuned_model_labels_a_file(tmp_path):
@@ -598,36 +760,29 @@ def test_the_authors_finetuned_model_labels_a_file(tmp_path):
 
     (tmp_path / "released").write_bytes(
         encode({"params": nested(official(reference("mbt__rgb_spectrogram.npz")))}))
-    (tmp_path / "classes.txt").write_text("".join(f"sound {i}\n" for i in range(7)))
     media.write(tmp_path / "clip.mp4")
     said = run(
-        "train_finetune", "--eval", tmp_path / "released", "--fusion-layer", "2", "--frames", "4",
-        "--image", "32", "--seconds", "0.48", "--mels", "16", "--device", "cpu", "--predict",
-        tmp_path / "clip.mp4", "--classes", tmp_path / "classes.txt").stdout
-    assert "assumed: fusion layer 2 of 4" in said and said.count("sound ") == 5
+        "train_finetune", "--eval", tmp_path / "released", "--frames", "4", "--image", "32",
+        "--seconds", "0.48", "--mels", "16", *CPU, "--predict", tmp_path / "clip.mp4").stdout
+    assert "assumed: fusion layer 2 of 4" in said
+    assert len(re.findall(r"\b[0-6] 0\.\d{3}", said)) == 5
 
 
 def test_features_of_a_folder(tmp_path, whole, folder):
-    args = [
-        "--embed", tmp_path / "features.npz", "--eval", whole[0] / "last.pt", "--data",
-        folder / "train", "--device", "cpu"]
-    parts = tmp_path / "features.npz.parts"
-    run("train_finetune", *args, processes=2)
-    once = np.load(tmp_path / "features.npz")
-    assert (
-        len(once["names"]) == 6
-        and once["video"].shape == once["audio"].shape == (6, 96)
-        and not parts.exists())
-    parts.mkdir()  # of a run that was stopped
-    np.savez(parts / "0.npz", names=["kept"], video=np.ones((1, 96)), audio=np.ones((1, 96)))
-    run("train_finetune", *args)
-    assert np.load(tmp_path / "features.npz")["names"].tolist() == ["kept"]
-    parts.mkdir()
-    (parts / "about.txt").write_text("other clips")
-    model, clips = avmae.load(whole[0] / "last.pt"), data.Clips(data.find_clips(folder), None)
-    with pytest.raises(data.UserError, match="another model"):
-        train_finetune.embed(model, clips, None, tmp_path / "features.npz", "cpu", None, (0, 1))
-    shutil.rmtree(parts)
+    found = []
+    for processes in 1, 2:
+        file = tmp_path / f"{processes}.npz"
+        run(
+            "train_finetune", "--embed", file, "--eval", whole[0] / "last.pt", "--data",
+            folder / "train", "--workers", "0", *CPU, processes=processes, cwd=tmp_path)
+        features = np.load(file)
+        order = features["names"].argsort()
+        found.append({k: features[k][order] for k in features})
+    assert len(found[0]["names"]) == 6  # one cannot be read
+    assert found[0]["video"].shape == found[0]["audio"].shape == (6, 96)
+    assert found[0]["names"].tolist() == found[1]["names"].tolist()
+    for m in avmae.MODALITIES:
+        np.testing.assert_allclose(found[0][m], found[1][m], atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -636,32 +791,31 @@ def test_features_of_a_folder(tmp_path, whole, folder):
 def test_presets_are_the_papers_tables():
     """Tables 20, 22, 23, 24."""
     common = dict(
-        batch=512, weight_decay=0.05, warmup=4.0, frames=16, frame_step=0.16, image=224, mels=128,
-        mask_video=0.9, joint_layers=2, decoder="shared", objective="joint", size="large")
+        batch=512, warmup=4.0, frames=16, frame_step=0.16, image=224, mels=128, mask_video=0.9,
+        joint_layers=2, decoder="shared", objective="joint", size="large")
     for name, table in {
         "vggsound": dict(lr=1.5e-4, epochs=400, seconds=8.0, mask_audio=0.5, encoder="separate"),
         "audioset": dict(lr=3e-4, epochs=120, seconds=10.0, mask_audio=0.7, encoder="mid")}.items():
-        args = vars(train_pretrain.parse(["--preset", name]))
+        args = vars(train_pretrain.parse_args(["--preset", name, "--dry-run"]))
         assert {k: args[k] for k in common | table} == common | table
+    assert (train_pretrain.WEIGHT_DECAY, train_finetune.MOMENTUM) == (0.05, 0.9)
+
     common = dict(
-        momentum=0.9, layer_decay=0.75, clip_grad=1.0, warmup=2.5, epochs=50, smoothing=0.3,
-        drop_path=0.3, frames=32, frame_step=0.08, image=224, views=4, jitter=(0.9, 1.33),
-        flip=True, colour=True, time_masks=(4, 48), size="large", bottlenecks=4)
-    for name, table in {
-        "vggsound": dict(
-            batch=64, lr=0.8, mixup=(0.5, 0.5, 0.5), time_shift=False, seconds=8.0, fusion_layer=0,
-            frequency_masks=(1, 48), task="single"),
-        "epic": dict(
-            batch=64, lr=1.2, mixup=(1.25, 0.5, 0.5), time_shift=True, seconds=8.0, fusion_layer=0,
-            task="epic"),
-        "audioset": dict(
-            batch=128, lr=1.6, mixup=(1.25, 0.5, 0.5), time_shift=True, seconds=10.0,
-            fusion_layer=18, frequency_masks=(2, 36), task="many"),
-    }.items():
-        args = train_finetune.parse(["--preset", name])
+        layer_decay=0.75, warmup=2.5, epochs=50, smoothing=0.3, drop_path=0.3, frames=32,
+        frame_step=0.08, image=224, views=4, size="large")
+    drawn = dict(jitter=(0.9, 1.33), flip=True, color=True, time_masks=(4, 48))
+    for name, table, layer, augment in (
+        ("vggsound", dict(batch=64, lr=0.8, mixup=(0.5, 0.5, 0.5), seconds=8.0), 16,
+         dict(time_shift=False, frequency_masks=(1, 48))),
+        ("epic", dict(batch=64, lr=1.2, mixup=(1.25, 0.5, 0.5), seconds=8.0), 16,
+         dict(time_shift=True, frequency_masks=(1, 48))),
+        ("audioset", dict(batch=128, lr=1.6, mixup=(1.25, 0.5, 0.5), seconds=10.0), 18,
+         dict(time_shift=True, frequency_masks=(2, 36)))):
+        args = train_finetune.parse_args(["--preset", name, "--dry-run"])
         assert {k: vars(args)[k] for k in common | table} == common | table
-        assert train_finetune.config_of(args, (309,)).fusion_layer == (
-            18 if name == "audioset" else 16)
+        assert vars(train_finetune.AUGMENT[args.augment]) == drawn | augment
+        config = train_finetune.config_of(args, (309,))
+        assert (config.fusion_layer, config.num_bottlenecks) == (layer, 4)
 
 
 @pytest.mark.parametrize(
@@ -669,8 +823,9 @@ def test_presets_are_the_papers_tables():
 def test_dry_run_allocates_and_writes_nothing(tmp_path, args):
     said = run("train_pretrain", *args, "--dry-run", "--out", tmp_path / "out").stdout
     if "vggsound" in args:
-        assert "595,849,984 parameters" in said and "1568 tokens, 1411 masked" in said
-        gflop = float(said.split(" GFLOP")[0].split()[-1])
+        assert "595,849,984 parameters" in said and "172,427" in said
+        assert "1568 tokens" in said and "1411 masked" in said
+        gflop = float(re.search(r"([\d.]+) G", said)[1])
         # attention's recomputation is not counted here
         assert gflop == pytest.approx(904, rel=0.12)
     assert not (tmp_path / "out").exists()
@@ -678,47 +833,8 @@ def test_dry_run_allocates_and_writes_nothing(tmp_path, args):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_losses_that_are_not_finite_name_the_step_and_stop(tmp_path, processes):
-    ran = run(
-        "train_pretrain", *TINY, "--out", tmp_path, "--lr", "1e30", "--warmup", "0.1", fails=True,
-        processes=processes)
-    assert "in a row were not finite" in ran.stderr and "Traceback" not in ran.stderr
+    flags = ["--out", tmp_path, "--lr", "1e30", "--warmup", "0.1"]
+    ran = run("train_pretrain", *TINY, *flags, fails=True, processes=processes)
+    assert "in a row were not finite" in ran.stderr
     first = next(line for line in ran.stdout.splitlines() if "is not finite" in line)
     assert "video" in first and "built-in clip" in first and not (tmp_path / "last.pt").exists()
-
-
-def test_several_processes_give_the_gradients_of_one(tmp_path):
-    code = """
-import os, sys, torch, torch.distributed as dist, avmae, train_pretrain, data
-config, window = train_pretrain.configs(train_pretrain.parse([]))
-clips = data.Builtin(8, window)
-batch = data.collate([clips[0, i] for i in range(8)])
-torch.manual_seed(0)
-model = avmae.AVMAE(config)
-for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
-masks = model.draw_masks(8, torch.Generator().manual_seed(1))
-model({m: batch[m] for m in avmae.MODALITIES}, masks).loss.backward()
-expected = [p.grad.clone() for p in model.parameters()]
-for world in 2, 4:
-    children = []
-    for rank in range(world):
-        children.append(os.fork())
-        if children[-1]:
-            continue
-        model.zero_grad()
-        dist.init_process_group(
-            "gloo", init_method=f"file://{sys.argv[1]}/{world}", rank=rank, world_size=world)
-        rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
-        net = torch.nn.parallel.DistributedDataParallel(model)
-        mine = tuple({m: i[rows] for m, i in p.items()} for p in masks)
-        net({m: batch[m][rows] for m in avmae.MODALITIES}, mine).loss.backward()
-        for p, e in zip(model.parameters(), expected):
-            assert (p.grad - e).norm() <= 1e-5 * e.norm() + 1e-7
-        dist.barrier()
-        dist.destroy_process_group()
-        sys.exit()
-    assert not any(os.waitpid(child, 0)[1] for child in children), world
-"""
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-        timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ran.returncode == 0, ran.stderr
