@@ -65,7 +65,7 @@ class Modality:
 
     @property
     def grid(self):
-        """Patches along each axis. UserError if patches don't divide the shape."""
+        """Patches along each axis. UserError if they don't fit, but for `drop_last`."""
         used = list(self.shape)
         if self.drop_last:
             used[0] -= used[0] % self.patch[0]
@@ -127,8 +127,8 @@ MODALITIES = {"video": VIDEO, "audio": AUDIO}  # tokens are concatenated in this
 
 
 def sinusoid(length, width):
-    """Fixed positions (N, D): pos[p, 2i] = sin(p w_i), pos[p, 2i+1] = cos(p w_i), where
-    w_i = 10000^(-2i/D). Row p does not depend on N: a table for many tokens serves for fewer."""
+    """Fixed positions (N, D) of the flattened grid, as released: pos[p, 2i] = sin(p w_i),
+    pos[p, 2i+1] = cos(p w_i), w_i = 10000^(-2i/D). A table for many tokens serves for fewer."""
     frequency = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency  # (N, D / 2)
 
@@ -389,7 +389,7 @@ CONTEXT = {
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A pretraining model. UserError for an objective that cannot be had (Sec. 3.4)."""
+    """A pretraining model. UserError for what cannot be trained: see `__post_init__`."""
 
     modalities: dict = field(default_factory=lambda: dict(MODALITIES))
     size: Size = SIZES["base"][0]
@@ -457,7 +457,7 @@ class Output(NamedTuple):
 
     loss: torch.Tensor  # half the sum of `losses`
     losses: dict  # {(t, c): Eq. 1}
-    preds: dict  # {(t, c): (B, N - V, P)}, predicted patches, normalized as the truth is
+    preds: dict  # {(t, c): (B, N - V, P)}, N of t and V of c; normalized as the truth is
     ids_pred: dict  # {(t, c): (B, N - V)}, their positions
     ids_keep: dict  # {m: (B, V)}, what the encoder saw
     ids_mask: dict  # {m: (B, M)}, and what it did not
@@ -474,9 +474,9 @@ class Reconstruction(NamedTuple):
 def random_masking(modalities, batch, generator=None, rows=slice(None)):
     """Which tokens are visible and which masked: uniformly at random for each clip and modality.
 
-    modalities {m: Modality} -> ids_keep {m: (B, V)}, ids_mask {m: (B, M)}, on the CPU. Processes
-    that share a batch draw the noise of all of it, for the same masks on any number of them, and
-    sort their `rows`.
+    modalities {m: Modality} -> ids_keep {m: (B, V)}, ids_mask {m: (B, M)}, on the CPU. A process
+    that has only some `rows` of a batch draws for all of it, so that masks are the same on any
+    number of processes.
     """
     ids_keep, ids_mask = {}, {}
     for m, modality in modalities.items():
@@ -494,15 +494,16 @@ class AVMAE(nn.Module):
         super().__init__()
         self.config = config
         width, decoder_width = config.size.width, config.decoder_size.width
-        targets = [m for m in config.modalities if any(m in p.keys() for p in config.passes)]
-        contexts = [m for m in config.modalities if any(m in p.values() for p in config.passes)]
+        pairs = [pair for each_pass in config.passes for pair in each_pass.items()]
+        targets = [m for m in config.modalities if m in [t for t, _ in pairs]]
+        contexts = [m for m in config.modalities if m in [c for _, c in pairs]]
 
         self.patch_embed = nn.ModuleDict({
             m: PatchEmbed(modality, width, config.modality_embed)
             for m, modality in config.modalities.items()})
         self.encoder = Fusion(config.encoder, config.size, config.modalities, config.num_joint)
 
-        # Only what the objective uses exists: video from audio projects no visible video tokens.
+        # Only what the objective uses exists: video from audio needs no projection of video tokens.
         self.decoder_embed = nn.ModuleDict({c: linear(width, decoder_width) for c in contexts})
         self.mask_token = nn.ParameterDict({t: torch.zeros(decoder_width) for t in targets})
         if config.modality_embed:
@@ -520,7 +521,7 @@ class AVMAE(nn.Module):
         """inputs {video: (B, T, H, W, 3) uint8 or in [-1, 1], audio: (B, T, F)} -> Output.
 
         ids: (ids_keep, ids_mask) as `random_masking` makes them, on the inputs' device; drawn
-        here if not given (torch.compile then draws others than the same seed gives without it).
+        here if not given (with torch.compile, the same seed draws others).
         """
         patches = self.patchify(inputs)                     # {m: (B, N, P)}
         ids_keep, ids_mask = ids or self.draw_ids(inputs)   # {m: (B, V)}, {m: (B, M)}
@@ -529,7 +530,7 @@ class AVMAE(nn.Module):
 
         losses, preds, ids_pred = {}, {}, {}
         for pairs in self.config.passes:                    # {t: c}
-            given, hidden = self.decoder_ids(pairs, ids_keep, ids_mask)
+            given, hidden = self.decoder_ids(pairs, ids_keep, ids_mask)  # ids (B, V), (B, N - V)
             pred = self.forward_decoder(latent, pairs, given, hidden)    # {t: (B, N - V, P)}
 
             for t, c in pairs.items():
@@ -556,7 +557,8 @@ class AVMAE(nn.Module):
         """patches {m: (B, N, P)}, ids_keep {m: (B, V)} or None for all -> latent {m: (B, V, D)}."""
         tokens = {}
         for m, x in patches.items():
-            tokens[m] = self.patch_embed[m](x, ids_keep and ids_keep[m])  # (B, V, D)
+            ids = None if ids_keep is None else ids_keep[m]
+            tokens[m] = self.patch_embed[m](x, ids)  # (B, V, D)
 
         return self.encoder(tokens)
 
@@ -565,7 +567,8 @@ class AVMAE(nn.Module):
 
         A modality's own tokens return to their places and the gaps are predicted. Tokens of another
         modality have no place in it: they take the first V, and all the rest is predicted, whether
-        the encoder saw it or not (Fig. 3). The target's own visible tokens are not used.
+        the encoder saw it or not (Fig. 3). The target's own visible tokens don't enter the decoder:
+        what they hold comes in the context, which attended to them in the encoder's joint layers.
         """
         ids_context, ids_pred = {}, {}
         for t, c in pairs.items():

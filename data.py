@@ -27,7 +27,6 @@ import sys
 import time
 import warnings
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -142,19 +141,17 @@ class Media:
     def __init__(self, path, modalities=MODALITIES):
         self.path, self.modalities = path, modalities
         self.deadline = time.monotonic() + TIME_LIMIT
-        self.scaler = VideoReformatter()
-        self.container = None
+        self.scaler, self.container = VideoReformatter(), None
 
     def __enter__(self):
-        if not os.path.isfile(self.path):  # a directory or a pipe, which would block
-            raise ClipError("not a file")
-
         try:
+            if not os.path.isfile(self.path):  # a directory or a pipe, which would block
+                raise ClipError("not a file")
+
             self.container = av.open(
                 os.fspath(self.path), timeout=TIME_LIMIT, **FOREIGN_TITLES,
                 options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
             self.choose_streams()
-
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -168,38 +165,36 @@ class Media:
             raise ClipError(f"cannot be {what} ({kind.__name__})") from error
 
     def choose_streams(self):
-        streams = self.container.streams
-        pictures = (s for s in streams.video if not s.disposition & Disposition.attached_pic)
-        found = ([s for s in kind if s.codec_context] for kind in (pictures, streams.audio))
-        self.video, self.audio = (usable[0] if usable else None for usable in found)
-
-        if "video" in self.modalities and self.video is None:
+        sounds = [s for s in self.container.streams.audio if s.codec_context]
+        pictures = [
+            s for s in self.container.streams.video
+            if s.codec_context and not s.disposition & Disposition.attached_pic]
+        if "video" in self.modalities and not pictures:
             raise ClipError("no picture")
-        if "audio" in self.modalities and self.audio is None:
+        if "audio" in self.modalities and not sounds:
             raise ClipError("no audio track")
-        used = [s for s in (self.video, self.audio) if s is not None]
-        self.origin = min(
-            (float(s.start_time * s.time_base) for s in used if s.start_time is not None),
-            default=0.0)
+
+        self.video, self.audio = (next(iter(kind), None) for kind in (pictures, sounds))
+        starts = [(s.start_time, s.time_base) for s in pictures[:1] + sounds[:1]]
+        self.origin = min((float(t * unit) for t, unit in starts if t is not None), default=0.0)
 
         if self.video is not None:
-            self.video.codec_context.thread_count = 1  # workers share the cores
-            if self.video.codec_context.name == "mjpeg":
-                # Else the part of a JPEG that cannot be decoded shows what was decoded before it.
-                # (Codecs that predict do say `is_corrupt`.)
-                self.video.codec_context.options = {"err_detect": "explode"}
+            codec = self.video.codec_context
+            codec.thread_count = 1  # workers share the cores
+            # Else the part of a JPEG that cannot be decoded shows what was decoded before it.
+            # (Codecs that predict do say `is_corrupt`.)
+            codec.options = {"err_detect": "explode"} if codec.name == "mjpeg" else {}
 
     def length(self, stream):
         """End of a stream, s; by its header, else its container's, else its last packet."""
-        if stream.duration is not None:
-            begin = stream.start_time or 0
-            return float((begin + stream.duration) * stream.time_base) - self.origin
-
-        if self.container.duration is not None:
+        if stream.duration is None and self.container.duration is not None:
             return self.container.duration / av.time_base
-        times = [
-            p.pts + (p.duration or 0) for p in self.container.demux(stream) if p.pts is not None]
-        return float(max(times, default=0) * stream.time_base) - self.origin
+
+        end = (stream.start_time or 0) + (stream.duration or 0)
+        if stream.duration is None:
+            packets = (p for p in self.container.demux(stream) if p.pts is not None)
+            end = max((p.pts + (p.duration or 0) for p in packets), default=0)
+        return float(end * stream.time_base) - self.origin
 
     def seek(self, stream, start):
         to = math.floor((start + self.origin) / stream.time_base)
@@ -242,19 +237,17 @@ class Media:
         """
         tail = max(1.0, 2 / (self.video.average_rate or 2))
         decoded = itertools.chain(self.decode(self.video, times[0]), [(math.inf, None)])
-        k = 0
+        done = 0
 
         for (at, frame), (until, _) in itertools.pairwise(decoded):
-            picture = None
-
-            while k < len(times) and times[k] + 1e-3 < until:
-                if until == math.inf and times[k] > at + tail:
+            due = times[done:][times[done:] + 1e-3 < until]
+            if len(due):
+                if until == math.inf and due[-1] > at + tail:
                     raise ClipError(f"the picture ends at {at:.2f} s, before its stated end")
-                picture = self.picture(frame, resize) if picture is None else picture
-                yield picture
-                k += 1
+                yield from [self.picture(frame, resize)] * len(due)
 
-            if k == len(times):
+            done += len(due)
+            if done == len(times):
                 return
         raise ClipError("no picture can be decoded")
 
@@ -315,15 +308,6 @@ def segment_of(media, start, end, shared=False):
     return start, min(end, length)
 
 
-def wrapped(start, begin, end, seconds):
-    """The window [start, start + seconds), which wraps round the segment [begin, end), as intervals
-    inside it; one turn at most."""
-    seconds = min(seconds, end - begin)
-    turn = min(start + seconds, end)
-    rest = start + seconds - turn
-    return [(start, turn)] + ([(begin, begin + rest)] if rest > 1e-6 else [])
-
-
 def read_video(media, start, begin, end, window, resize):
     """Frames from `start` on, wrapping round the segment's end: (T, H, W, 3) uint8."""
     end = max(begin + 1e-3, min(end, media.length(media.video)))
@@ -335,7 +319,12 @@ def read_video(media, start, begin, end, window, resize):
 def read_audio(media, start, begin, end, seconds):
     """Samples from `start` on, wrapping round the segment's end: (S,) float32. Where the track has
     none, what it has repeats; nothing is filled with silence."""
-    parts = [media.samples(*interval) for interval in wrapped(start, begin, end, seconds)]
+    length = min(seconds, end - begin)  # one turn at most
+    turn = min(start + length, end)
+    rest = start + length - turn
+    parts = [media.samples(start, turn)]
+    parts += [media.samples(begin, begin + rest)] if rest > 1e-6 else []
+
     if all(np.isnan(p).all() for p in parts):
         parts = [media.samples(begin, min(end, begin + 60.0))]
 
@@ -449,8 +438,8 @@ class Index:
     """Clips as numpy arrays, which worker processes share; Python objects they would copy.
 
     names (N,) bytes, paths inside `folder`; start, end (N,) s, NaN for the whole file;
-    labels (N, K) int, -1 where a clip has fewer; classes: names of the labels (of verbs, then of
-    nouns, for Epic Kitchens); shared (N,) bool: other segments of the same file are clips, too.
+    labels (N, K) int, -1 where a clip has fewer; shared (N,) bool: other segments of the same file
+    are clips, too; classes: names of the labels (of verbs, then of nouns, for Epic Kitchens).
     """
 
     folder: str
@@ -458,9 +447,9 @@ class Index:
     start: np.ndarray
     end: np.ndarray
     labels: np.ndarray
+    shared: np.ndarray
     classes: tuple = ()
     task: str = "single"  # how labels are meant: single, many, epic, ave
-    shared: np.ndarray | None = None
 
     def __len__(self):
         return len(self.names)
@@ -474,19 +463,16 @@ class Index:
         return os.path.join(self.folder, os.fsdecode(self.names[i]))
 
     def segment(self, i):
-        return float(self.start[i]), float(self.end[i])
-
-    def segment_in(self, media, i):
-        """The segment of clip i in its open file: see `segment_of`."""
-        return segment_of(media, *self.segment(i), self.shared is not None and self.shared[i])
+        """Start, end, shared: see `segment_of`."""
+        return float(self.start[i]), float(self.end[i]), bool(self.shared[i])
 
     def label(self, i):
         return torch.from_numpy(self.labels[i].astype(np.int64))
 
     def subset(self, which):
         """The clips of a mask (N,) or of ids."""
-        columns = {k: getattr(self, k) for k in ("names", "start", "end", "labels", "shared")}
-        return replace(self, **{k: x[which] for k, x in columns.items() if x is not None})
+        columns = "names", "start", "end", "labels", "shared"
+        return replace(self, **{name: getattr(self, name)[which] for name in columns})
 
 
 def _files(folder, modalities=MODALITIES):
@@ -505,15 +491,13 @@ def _files(folder, modalities=MODALITIES):
         seen.add((where.st_dev, where.st_ino))
         folders.sort(key=lambda name: (os.path.islink(os.path.join(at, name)), name))
 
-        inside = os.path.relpath(at, folder)
         found += [
-            name if inside == "." else os.path.join(inside, name)
-            for name in names
+            os.path.join(at, name) for name in names
             if name.lower().endswith(suffixes) and not name.startswith(".")]
 
     if not found:
         raise UserError(f"no video files ({', '.join(suffixes)}) below {folder}")
-    return sorted(found)
+    return sorted(path[len(os.path.join(folder, "")) :] for path in found)
 
 
 def _encoded(names):
@@ -533,8 +517,8 @@ def find_clips(path, modalities=MODALITIES):
 
     number = {c: i for i, c in enumerate(classes)}
     labels = np.array([[number.get(p, -1)] for p in parents], np.int16)
-    nowhere = np.full(len(files), np.nan)
-    return Index(str(folder), _encoded(files), nowhere, nowhere, labels, classes)
+    whole, shared = np.full(len(files), np.nan), np.zeros(len(files), bool)
+    return Index(str(folder), _encoded(files), whole, whole, labels, shared, classes)
 
 
 def held_out(index, share=0.02, salt=b"held out"):
@@ -553,73 +537,15 @@ def fraction_of(index, share):
 
 
 # ---------------------------------------------------------------------------------------------
-# Annotation files: what each column of a format means, and one function that reads them all
+# Annotation files: what each column of a format means, and one class that reads them all
 
-WORDS = {  # of a header, in lower case and without spaces, "_", "/" -> what its column means
-    "path": "path", "file": "path", "filename": "path", "fname": "path", "video": "path",
-    "ytid": "id", "youtubeid": "id", "videoid": "id", "narrationid": "narration",
-    "start": "start", "startseconds": "start", "starttimestamp": "start", "starttime": "start",
-    "end": "end", "endseconds": "end", "stoptimestamp": "end", "endtime": "end",
-    "label": "label", "class": "label", "category": "label", "labels": "labels",
-    "positivelabels": "mids", "verbclass": "verb", "nounclass": "noun", "quality": "quality",
-    "split": "split", "traintestsplit": "split"}
-
-
-def _label_names(cells, roles):
-    """A row's labels: what its cells say, several in a column of "labels" or "mids"."""
-    for cell, role in zip(cells, roles):
-        for part in cell.split(",") if role in ("labels", "mids") else [cell]:
-            if part.strip():
-                yield f"{role} {part}" if role in ("verb", "noun") else part.strip()
-
-
-def _ave_names(cells, roles):
-    """AVE: the event's label in each of its seconds, of ten, else "background"."""
-    label, start, end = cells
-    yield from (label if float(start) <= s < float(end) else "background" for s in range(10))
-
-
-def _published(file, name, key, value):
-    """Two columns of a list that is published with the annotations, or nothing."""
-    path = pathlib.Path(file).parent / name
-    if not path.exists():
-        return {}
-    with open(path, encoding="utf-8-sig", newline="") as lines:
-        return {row[key]: row[value] for row in csv.DictReader(lines)}
-
-
-def _known_as_seen(file, seen):
-    classes = tuple(sorted(seen))
-    return {c: i for i, c in enumerate(classes)}, classes
-
-
-def _known_to_audioset(file, seen):
-    mids = _published(file, "class_labels_indices.csv", "mid", "index")
-    names = _published(file, "class_labels_indices.csv", "index", "display_name")
-    if not mids:
-        raise UserError(f"AudioSet's class_labels_indices.csv must lie beside {file}")
-    number = {mid: int(index) for mid, index in mids.items()}
-    return number, tuple(names[index] for index in sorted(names, key=int))
-
-
-def _known_to_epic(file, seen):
-    if not seen:  # the test file's rows have no labels
-        return {}, ()
-    number, classes = {}, []
-    for kind, count in ("verb", 97), ("noun", 300):
-        known = _published(file, f"EPIC_100_{kind}_classes.csv", "id", "key")
-        classes.append(tuple(known.get(str(i), f"{kind} {i}") for i in range(count)))
-        number |= {f"{kind} {i}": i for i in range(count)}
-    return number, tuple(classes)
-
-
-def _known_to_ave(file, seen):
-    every = pathlib.Path(file).parent / "Annotations.txt"
-    if every.exists():
-        lines = every.read_text(encoding="utf-8-sig").splitlines()
-        seen = seen | {line.split("&")[0] for line in lines[1:] if line}
-    classes = (*sorted(seen - {"background"}), "background")
-    return {c: i for i, c in enumerate(classes)}, classes
+WORDS = {  # what a column means: words of headers, in lower case and without spaces, "_", "/"
+    "path": "path file filename fname video", "id": "ytid youtubeid videoid",
+    "narration": "narrationid", "start": "start startseconds starttimestamp starttime",
+    "end": "end endseconds stoptimestamp endtime", "label": "label class category",
+    "labels": "labels", "mids": "positivelabels", "verb": "verbclass", "noun": "nounclass",
+    "quality": "quality", "split": "split traintestsplit"}
+ROLES = {word: role for role, words in WORDS.items() for word in words.split()}
 
 
 @dataclass(frozen=True)
@@ -627,38 +553,34 @@ class Format:
     """How an annotation file is recognized, and what its columns mean."""
 
     task: str  # how labels are meant
-    header: set  # columns that a header must have
-    columns: tuple = ()  # of files without a header, and
-    cells: tuple = ()  # patterns of their cells
-    labels: tuple = ("label",)  # columns that a row's labels are made of,
-    names: Callable = _label_names  # how,
-    known: Callable = _known_as_seen  # and with which numbers
-    files: tuple = ("{id}_{start:06g}", "{id}_{start:g}_{end:g}", "{id}_{start:g}",
-                    "{id}_{ms}", "{id}", "Y{id}")  # how people name them, for a message
+    columns: str  # in this order without a header; one must have them in any (but "split")
+    row: str = ""  # pattern of a row's cells, if there are files without a header
+    labels: tuple = ("label",)  # columns that a row's labels are made of
+    lists: tuple = ()  # of classes, published beside it: file, a row's label and name, how many
     seconds: bool = False  # whether a file NAME_30 may be the part from second 30 on
+    files: str = "ID, ID_000030, ID_30, ID_30_40, ID_30.0-40.0 (s), ID_30000_40000 (ms), YID..."
 
 
-YOUTUBE, NUMBER = r"[\w-]+|#NAME\?", r"\d+(\.\d*)?"
-MEDIA_END = "(?i:" + "|".join(map(re.escape, SUFFIXES + SOUND_SUFFIXES)) + ")$"
+ID, NUMBER = r"([\w-]+|#NAME\?)", r"\d+(\.\d*)?"
+MEDIA_END = "(" + "|".join(map(re.escape, SUFFIXES + SOUND_SUFFIXES)) + ")"
 PLAIN = "path[,start,end][,label...]"
 FORMATS = {
     "EPIC-Kitchens": Format(
-        "epic", {"narration", "id", "start", "end"}, labels=("verb", "noun"), known=_known_to_epic,
-        files=("{narration}", "{id}_{ms}", "{id}")),
+        "epic", "narration id start end", labels=("verb", "noun"),
+        lists=(("EPIC_100_verb_classes.csv", "verb {id}", "key", 97),
+               ("EPIC_100_noun_classes.csv", "noun {id}", "key", 300)),
+        files="NARRATION_ID, VIDEO_ID_30000_40000 (ms), VIDEO_ID"),
     "AVE": Format(
-        "ave", {"label", "id", "start", "end", "quality"},
-        ("label", "id", "quality", "start", "end"), (".+", YOUTUBE, ".*", NUMBER, NUMBER),
-        ("label", "start", "end"), _ave_names, _known_to_ave, ("{id}", "Y{id}")),
+        "ave", "label id quality start end", f".+\n{ID}\n.*\n{NUMBER}\n{NUMBER}",
+        ("label", "start", "end"), files="ID, YID"),
     "AudioSet": Format(
-        "many", {"id", "start", "end", "mids"}, ("id", "start", "end", "mids"),
-        (YOUTUBE, NUMBER, NUMBER, "/.*"), ("mids",), known=_known_to_audioset,
-        seconds=True),
+        "many", "id start end mids", f"{ID}\n{NUMBER}\n{NUMBER}\n/.*", ("mids",),
+        (("class_labels_indices.csv", "{mid}", "display_name", 0),), seconds=True),
     "VGGSound": Format(
-        "single", {"id", "start", "label"}, ("id", "start", "label", "split"),
-        (YOUTUBE, NUMBER, ".+", "train|test|val.*"), seconds=True),
+        "single", "id start label split", f"{ID}\n{NUMBER}\n.+\n(train|test|val.*)", seconds=True),
     PLAIN: Format(
-        "single", {"path"}, ("path",), (".*" + MEDIA_END,), ("label", "labels"), files=("{id}",)),
-}
+        "single", "path", f".*{MEDIA_END}(\n.*)*", ("label", "labels"),
+        files="the paths of its rows, with any suffix")}
 
 
 def _rows(file):
@@ -666,8 +588,8 @@ def _rows(file):
     last = 0
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
-            cells = lines.readline().strip().split("&")
-            ave = len(cells) == 5 and (cells[2] == "Quality" or _is_number(*cells[3:]))
+            first = lines.readline().strip()
+            ave = re.fullmatch(f"[^&]+&[^&]+&[^&]*&({NUMBER}&{NUMBER}|StartTime&EndTime)", first)
             how = {"delimiter": "&", "quoting": csv.QUOTE_NONE} if ave else {"strict": True}
             lines.seek(0)
             reader = csv.reader(lines, skipinitialspace=True, **how)
@@ -686,186 +608,182 @@ def _rows(file):
         raise UserError(f"cannot read annotations {file}: {error}") from None
 
 
-def _is_number(*texts):
-    return all(re.fullmatch(NUMBER, text) for text in texts)
+def _are_numbers(cells):
+    return len(cells) > 1 and all(re.fullmatch(NUMBER, cell) for cell in cells)
 
 
 def _seconds(text):
     """Seconds, or HH:MM:SS.ss -> s"""
     if ":" not in text:
         return float(text)
-    return sum(float(part) * unit for part, unit in zip(reversed(text.split(":")), (1, 60, 3600)))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the columns of a file mean."""
-
-    format: str
-    roles: list  # "" where a column means nothing
-    header: bool = False  # its first row
-    open_end: bool = False  # any number of labels may follow
-
-
-def _layout(file, line, row):
-    """The layout of an annotation file, by its first row. UserError if it is of no known one."""
-    for name, known in FORMATS.items():
-        plain = name == PLAIN
-        if (known.cells and (plain or len(row) == len(known.cells)) and all(
-            re.fullmatch(pattern, cell, re.IGNORECASE)
-            for pattern, cell in zip(known.cells, row))):
-            times = ["start", "end"] if plain and len(row) > 2 and _is_number(*row[1:3]) else []
-            return Layout(name, [*known.columns, *times], open_end=plain)
-
-    roles = [WORDS.get(re.sub(r"[\W_]", "", cell.lower()), "") for cell in row]
-    fits = [name for name, known in FORMATS.items() if known.header <= set(roles)]
-    if not fits:
-        raise UserError(
-            f"{file}, line {line} is of no known format ({', '.join(FORMATS)}), nor a header with "
-            f"words like path, start, end, label, split: {','.join(row)}")
-
-    once = [r for r in roles if r and r != "label"]
-    half = fits[0] == PLAIN and ("start" in roles) != ("end" in roles)
-    if len(once) > len(set(once)) or {"path", "id"} <= set(roles) or half:
-        raise UserError(f"{file}, line {line}: a header of more than one meaning: {','.join(row)}")
-    return Layout(fits[0], roles, header=True)
-
-
-def _row_reader(file, layout):
-    """-> a function of a row's line and cells, which gives (path or id, narration, start, end,
-    cells of its labels, split). It raises ValueError with the reason if the row is of no use."""
-    roles, known = layout.roles, FORMATS[layout.format]
-    at = {role: column for column, role in enumerate(roles) if role}
-    name, start, end = at.get("id", at.get("path")), at.get("start"), at.get("end")
-    narration, split, width = at.get("narration"), at.get("split"), len(roles)
-    labels = [c for c, role in enumerate(roles) if role in known.labels]
-
-    def read(line, row):
-        if len(row) != width and not (layout.open_end and len(row) > width):
-            raise ValueError(f"with {len(row)} columns, not {width}")
-        if not row[name] or row[name] == "#NAME?":
-            raise ValueError("without a name")
-
-        if layout.open_end and start is None and len(row) > 2 and _is_number(*row[1:3]):
-            raise UserError(f"{file}, line {line}: times or labels? The first row has no times, "
-                            f"this one may have: {','.join(row)}")
-
-        begin = stop = math.nan
-        if start is not None:
-            try:
-                begin = _seconds(row[start])
-                stop = begin + 10 if end is None else _seconds(row[end])  # VGGSound's are 10 s
-            except ValueError:
-                raise ValueError("without a start and an end in seconds") from None
-
-            if not 0 <= begin <= stop < math.inf or (begin == stop and known.task != "ave"):
-                raise ValueError("with an end before its start")
-
-        key = tuple(row[width:]) if layout.open_end else tuple([row[c] for c in labels])
-        own = None if narration is None else row[narration]
-        return row[name], own, begin, stop, key, None if split is None else row[split].lower()
-
-    return read
-
-
-class Listing:
-    """The rows of an annotation file as columns, and those that are not used, with the reason.
-
-    Distinct names and cells of labels are kept once, numbered; columns hold their numbers.
-    """
-
-    def __init__(self, file, split):
-        self.file, self.rows, self.unused = file, 0, {}
-        self.names, self.keys = {}, {}  # path, id or narration -> number; cells of labels -> number
-        self.name, self.own, self.label = array("i"), array("i"), array("i")
-        self.start, self.end = array("d"), array("d")
-
-        rows = _rows(file)
-        first = next(rows, None)
-        if first is None:
-            raise UserError(f"{file} has no rows")
-
-        self.layout = _layout(file, *first)
-        self.format = FORMATS[self.layout.format]
-        ignored = [word for word, role in zip(first[1], self.layout.roles) if not role]
-        told = ignored and self.layout.format == PLAIN  # other formats have some that nobody needs
-        self.ignored = f"; columns that mean nothing here: {', '.join(ignored)}" if told else ""
-        self.read(rows if self.layout.header else itertools.chain([first], rows), split)
-
-    def read(self, rows, split):
-        """Appends the rows of a split, or all of them. Labels of any split are classes."""
-        reader, names, keys = _row_reader(self.file, self.layout), self.names, self.keys
-
-        for self.rows, (line, row) in enumerate(rows, start=1):
-            try:
-                name, own, start, end, key, part = reader(line, row)
-                label = keys.setdefault(key, len(keys))
-                if split and part not in (None, split):
-                    raise ValueError(f"of split {part!r}")
-
-            except UserError:
-                raise
-            except ValueError as error:
-                self.leave_out(str(error), f"line {line}: {','.join(row)}")
-                continue
-
-            self.name.append(names.setdefault(name.removeprefix("./"), len(names)))
-            self.own.append(-1 if own is None else names.setdefault(own, len(names)))
-            self.start.append(start)
-            self.end.append(end)
-            self.label.append(label)
-
-    def leave_out(self, reason, example):
-        count, first = self.unused.get(reason, (0, example))
-        self.unused[reason] = count + 1, first
-
-    def add_stems(self):
-        """Of a plain file: each path without its suffix as a second name of its rows."""
-        if self.layout.format == PLAIN:
-            stems = [re.sub(MEDIA_END, "", name) for name in self.names]
-            numbers = np.array([self.names.setdefault(s, len(self.names)) for s in stems], np.int32)
-            self.own = array("i", numbers[np.array(self.name)].tobytes())
-
-    def table(self):
-        """Labels (U, K) int16 of each distinct key, -1 where there are fewer; the classes."""
-        roles = [r for r in self.layout.roles if r in self.format.labels]
-        if self.layout.open_end:
-            roles = itertools.repeat("label")
-        given = [list(self.format.names(key, roles)) for key in self.keys]
-        seen = set(itertools.chain.from_iterable(given))
-
-        number, classes = self.format.known(self.file, seen)
-        unknown = sorted(seen - set(number))
-        if unknown:
-            raise UserError(
-                f"{self.file} has labels that are no classes of {self.layout.format}: "
-                f"{', '.join(unknown[:3])}")
-
-        table = np.full((len(given), max([1, *map(len, given)])), -1, np.int16)
-        for row, labels in zip(table, given):
-            row[: len(labels)] = [number[label] for label in labels]
-        return table, classes
-
-    def looked_for(self):
-        """Names of files that the first row would be found by, for a message."""
-        if not self.name:
-            return "no row is left"
-        name, own = (list(self.names)[numbers[0]] for numbers in (self.name, self.own))
-
-        start, end = self.start[0], self.end[0]
-        ms = "" if math.isnan(start) else f"{_ms(start)}_{_ms(end)}"
-        names = (
-            f.format(id=name, narration=own, start=start, end=end, ms=ms)
-            for f in self.format.files)
-        return "files are looked for by names like " + ", ".join(dict.fromkeys(names))
+    return sum(float(part) * 60**k for k, part in enumerate(reversed(text.split(":"))))
 
 
 def _ms(seconds):
     return None if math.isnan(seconds) else round(seconds * 1000)
 
 
-SPAN = re.compile(r"(.+)_(\d+(?:\.\d+)?)[_-](\d+(?:\.\d+)?)")
-START = re.compile(r"(.+)_(\d+(?:\.\d+)?)")
+class Listing:
+    """The rows of an annotation file as columns, and why others are not used.
+
+    names: (how a file may be called just so, how with times or without): (narration, id), or
+    (path, path without its suffix). keys: cells of labels. Columns name, label: their numbers.
+    """
+
+    def __init__(self, file, split=None):
+        self.file, self.rows, self.unused = file, 0, {}  # {reason: (count, first example)}
+        self.numbers, self.keys, columns = {}, {}, array("d")
+        rows = _rows(file)
+        first = next(rows, None)
+        if first is None:
+            raise UserError(f"{file} has no rows")
+        if not self.understand(*first):
+            rows = itertools.chain([first], rows)
+
+        for self.rows, (line, row) in enumerate(rows, start=1):
+            try:
+                columns.extend(self.read(line, row, split))
+            except ClipError as error:
+                self.leave_out(str(error), f"line {line}: {','.join(row)}")
+
+        *numbers, self.start, self.end = np.array(columns).reshape(-1, 4).T
+        self.name, self.label = np.array(numbers, np.int32)
+        self.names = [
+            (name, re.sub(f"(?i){MEDIA_END}$", "", name)) if self.plain else (narration, name)
+            for narration, name in self.numbers]
+
+    def leave_out(self, reason, example):
+        count, first = self.unused.get(reason, (0, example))
+        self.unused[reason] = count + 1, first
+
+    def understand(self, line, row):
+        """Sets the format and what the columns mean. -> whether the first row is a header"""
+        roles = [ROLES.get(re.sub(r"[\W_]", "", cell.lower()), "") for cell in row]
+        cells, where, said = "\n".join(row), f"{self.file}, line {line}", ",".join(row)
+
+        of_row = [k for k, f in FORMATS.items() if re.fullmatch(f.row, cells, re.IGNORECASE)]
+        of_header = [k for k, f in FORMATS.items() if {*f.columns.split()} - {"split"} <= {*roles}]
+        if not of_row + of_header:
+            raise UserError(
+                f"{where} is of no known format ({', '.join(FORMATS)}), nor a header with words "
+                f"like path, start, end, label, split: {said}")
+
+        self.kind = (of_row + of_header)[0]
+        self.format, self.plain = FORMATS[self.kind], self.kind == PLAIN
+        self.open_end = self.plain and bool(of_row)  # any number of labels may follow
+        if of_row:
+            timed = self.plain and _are_numbers(row[1:3])
+            roles = self.format.columns.split() + ["start", "end"] * timed
+
+        once = [role for role in roles if role and role != "label"]
+        half = self.plain and ("start" in roles) != ("end" in roles)
+        if len(once) > len(set(once)) or {"path", "id"} <= set(roles) or half:
+            raise UserError(f"{where}: a header of more than one meaning: {said}")
+
+        self.roles, self.at = roles, {role: column for column, role in enumerate(roles)}
+        self.labels = [c for c, role in enumerate(roles) if role in self.format.labels]
+        # other formats have columns that nobody needs
+        self.ignored = [word for word, role in zip(row, roles) if self.plain and not role]
+        return not of_row
+
+    def read(self, line, row, split):
+        """A row of the split as numbers, or ClipError. Labels of all splits are classes."""
+        at, width, start, end = self.at, len(self.roles), math.nan, math.nan
+        name = at.get("id", at.get("path"))
+        if len(row) < width or (len(row) > width and not self.open_end):
+            raise ClipError(f"with {len(row)} columns, not {width}")
+        if row[name] in ("", "#NAME?"):
+            raise ClipError("without a name")
+
+        if "start" in at:
+            try:
+                start = _seconds(row[at["start"]])
+                end = _seconds(row[at["end"]]) if "end" in at else start + 10  # VGGSound's
+            except ValueError:
+                raise ClipError("without a start and an end in seconds") from None
+            if not 0 <= start <= end < math.inf or (start == end and self.format.task != "ave"):
+                raise ClipError("with an end before its start")
+
+        elif self.open_end and _are_numbers(row[1:3]):
+            raise UserError(f"{self.file}, line {line}: times or labels? The first row has no "
+                            f"times, this one may have: {','.join(row)}")
+
+        key = (*[row[c] for c in self.labels], *row[width:])
+        label = self.keys.setdefault(key, len(self.keys))
+        part = row[at["split"]].lower() if "split" in at else split
+        if split and part != split:
+            raise ClipError(f"of split {part!r}")
+
+        key = row[at["narration"]] if "narration" in at else "", row[name].removeprefix("./")
+        return self.numbers.setdefault(key, len(self.numbers)), label, start, end
+
+    def table(self):
+        """Labels (U, K) int16 of each distinct key, -1 where there are fewer; the classes."""
+        roles = [self.roles[c] for c in self.labels]
+        given = [_label_names(key, roles, self.format.task) for key in self.keys]
+        seen = set(itertools.chain.from_iterable(given))
+
+        number, classes = _classes(self.file, self.format, seen)
+        unknown = ", ".join(sorted(seen - set(number))[:3])
+        if unknown:
+            raise UserError(f"{self.file} has labels that are no classes of {self.kind}: {unknown}")
+
+        table = np.full((len(given), max([1, *map(len, given)])), -1, np.int16)
+        for row, labels in zip(table, given):
+            row[: len(labels)] = [number[label] for label in labels]
+        return table, classes
+
+
+def _label_names(cells, roles, task):
+    """A row's labels: several in a cell of "labels" or "mids"; of AVE, that of each second."""
+    if task == "ave":
+        label, start, end = cells
+        return [label if float(start) <= s < float(end) else "background" for s in range(10)]
+
+    parts = (
+        (role, part.strip())
+        for cell, role in itertools.zip_longest(cells, roles, fillvalue="label")
+        for part in (cell.split(",") if role in ("labels", "mids") else [cell]))
+    return [f"{role} {p}" if role in ("verb", "noun") else p for role, p in parts if p]
+
+
+def _classes(file, form, seen):
+    """{label of a row: number}, names of the classes: as published beside the file, or as seen."""
+    file, ave, number, lists = pathlib.Path(file), form.task == "ave", {}, []
+    for name, label, title, count in form.lists if seen else ():  # a test file may have no labels
+        rows = [{"id": i, "key": label.format(id=i)} for i in range(count)]
+        if file.with_name(name).exists():
+            with open(file.with_name(name), encoding="utf-8-sig", newline="") as lines:
+                rows = list(csv.DictReader(lines))
+        if not rows:
+            raise UserError(f"{name} must lie beside {file}")
+
+        number |= {label.format(**row): i for i, row in enumerate(rows)}
+        lists.append(tuple(row[title] for row in rows))
+
+    every = file.with_name("Annotations.txt")  # all clips of AVE
+    if ave:
+        lines = every.read_text(encoding="utf-8-sig").splitlines() if every.exists() else []
+        seen = seen | {"background"} | {line.split("&")[0] for line in lines[1:] if line}
+    if not form.lists:
+        lists = [tuple(sorted(seen, key=lambda label: (ave and label == "background", label)))]
+        number = {label: i for i, label in enumerate(lists[0])}
+    return number, lists[0] if len(lists) == 1 else tuple(lists)
+
+
+def _refuse_outside(folder, names):
+    root = os.path.realpath(folder)
+    links = (name for name in names if os.path.islink(os.path.join(root, name)))
+    for name in sorted({os.path.join(os.path.dirname(name), "") for name in names} | set(links)):
+        if not os.path.join(os.path.realpath(os.path.join(root, name)), "").startswith(
+            os.path.join(root, "")):
+            raise UserError(
+                f"a path of the annotations, {name!r}, leads out of {folder}: refused without "
+                "--allow-outside")
+
+
+TIME = r"_(\d+(?:\.\d+)?)"
+START, SPAN = re.compile(f"(.+){TIME}"), re.compile(f"(.+){TIME}[_-]{TIME[1:]}")
 
 
 def _meanings(stem, seconds):
@@ -890,92 +808,59 @@ REASONS = {
     SEVERAL_ROWS: "with a file that is another row's, too"}
 
 
-def _files_by_meaning(listing, files, exact):
-    """{(number of a name, start, end): number of its file}, for the names of a listing.
+def _find_files(listing, folder, allow_outside, modalities):
+    """Files that rows may mean, and {(name, start, end): number of the file}, negative where
+    several files of a plain path's name, in several folders, may be meant."""
+    plain, paths = listing.plain, [path for path, _ in listing.names if listing.plain]
+    if not allow_outside:
+        _refuse_outside(folder, paths)
+    files = [path for path in paths if os.path.isfile(os.path.join(folder, path))]
+    exact = {(path, None, None): n for n, path in enumerate(files)}
 
-    exact: how many of the files, the first ones, are named as the rows of a plain file name them.
-    """
-    names, plain = listing.names, listing.layout.format == PLAIN
-    found = {(names[file], None, None): n for n, file in enumerate(files[:exact])}
-    first = set(found)
+    if not plain or len(files) < len(paths):
+        files += sorted(set(_files(folder, modalities)).difference(files))
+    asked, found = set(itertools.chain.from_iterable(listing.names)) - {""}, {}
 
-    for n, file in enumerate(files[exact:], start=exact):
+    for n, file in enumerate(files[len(exact) :], start=len(exact)):
         base = os.path.basename(file)
-        stems = [os.path.splitext(base)[0]]
-        if plain:  # with its folder, or without
-            stems = dict.fromkeys([base, os.path.splitext(file)[0], *stems])
-        elif base.startswith("Y"):
-            stems += [stems[0][1:]]
+        stem = os.path.splitext(base)[0]
 
-        meanings = (m for stem in stems for m in _meanings(stem, listing.format.seconds))
-        for name, *times in meanings:
-            if name in names:
-                key = (names[name], *times)
-                if found.setdefault(key, n) != n and plain and key not in first:
-                    found[key] = SEVERAL_FILES
-    return found
-
-
-def _look_up(listing, found):
-    """Yields the file of each row, or why there is none, and whether it is cut for that row.
-
-    EPIC-Kitchens: a file of the narration, else of the times, else the whole video. A plain path:
-    that file, else one that `prepare` made of it. Else: of the times, of the start, else whole.
-    """
-    narrated, plain = "narration" in listing.layout.roles, listing.layout.format == PLAIN
-    for name, own, start, end in zip(listing.name, listing.own, listing.start, listing.end):
-        if (narrated and (key := (own, None, None)) in found):
-            yield found[key], True
-        elif plain and (key := (name, None, None)) in found:
-            yield found[key], False
-        else:
-            name, start, end = own if plain else name, _ms(start), _ms(end)
-
-            keys = (name, start, end), (name, start, None), (name, None, None)
-            key = next((key for key in keys if key in found), None)
-            yield found.get(key, NO_FILE), key is not None and key[1] is not None
+        # of plain paths, with its folder or without
+        stems = (base, os.path.splitext(file)[0], stem) if plain else (stem, stem.removeprefix("Y"))
+        for key in (m for s in dict.fromkeys(stems) for m in _meanings(s, listing.format.seconds)):
+            if key[0] in asked and found.setdefault(key, n) != n and plain:
+                found[key] = SEVERAL_FILES
+    return files, found | exact
 
 
 def _assign(listing, found):
     """-> number of each row's file (N,), negative if it has none; whether it is cut for that row
-    (N,), and whether rows mean several parts of it (N,). A file cut for one row is no other's."""
-    rows = len(listing.name)
-    pairs = np.fromiter(_look_up(listing, found), np.dtype("i4, ?"), rows)
-    files, cut = pairs["f0"], pairs["f1"]
+    (N,), and whether rows mean several parts of it (N,). A file cut for one row is no other's.
 
+    A file called just as the row says (narration, path) comes first, then one of the row's times,
+    of its start, and the whole.
+    """
+    files, cut = np.full(len(listing.name), NO_FILE), np.zeros(len(listing.name), bool)
     claims, shared, disputed = {}, set(), set()
-    for k, file in enumerate(files.tolist()):
-        claim = listing.name[k], _ms(listing.start[k]), _ms(listing.end[k])
+
+    columns = (column.tolist() for column in (listing.name, listing.start, listing.end))
+    for k, (number, start, end) in enumerate(zip(*columns)):
+        so, name = listing.names[number]
+        start, end = _ms(start), _ms(end)
+        keys = (so, None, None), (name, start, end), (name, start, None), (name, None, None)
+        key = next((key for key in keys if key in found), None)
+        if key is None:
+            continue
+
+        file = files[k] = found[key]
+        cut[k] = key[1] is not None or (key is keys[0] and not listing.plain)
+        claim = so if listing.plain else name, start, end
         if file >= 0 and (first := claims.setdefault(file, claim)) != claim:
             (disputed if cut[k] or first[0] != claim[0] else shared).add(file)
 
     several = np.isin(files, list(shared))
     files[np.isin(files, list(disputed))] = SEVERAL_ROWS
     return files, cut, several
-
-
-def _refuse_outside(folder, names):
-    root = os.path.realpath(folder)
-    links = (name for name in names if os.path.islink(os.path.join(root, name)))
-    for name in sorted({os.path.join(os.path.dirname(name), "") for name in names} | set(links)):
-        if not os.path.join(os.path.realpath(os.path.join(root, name)), "").startswith(
-            os.path.join(root, "")):
-            raise UserError(
-                f"a path of the annotations, {name!r}, leads out of {folder}: refused without "
-                "--allow-outside")
-
-
-def _files_of(listing, folder, allow_outside, modalities):
-    """Files that rows may mean, and how many of them, the first, rows name just so."""
-    if listing.layout.format != PLAIN:
-        return _files(folder, modalities), 0
-
-    names = list(listing.names)
-    if not allow_outside:
-        _refuse_outside(folder, names)
-    exact = [name for name in names if os.path.isfile(os.path.join(folder, name))]
-    others = _files(folder, modalities) if len(exact) < len(names) else []
-    return exact + sorted(set(others) - set(exact)), len(exact)
 
 
 def read_annotations(file, folder, split=None, allow_outside=False, modalities=MODALITIES):
@@ -989,30 +874,29 @@ def read_annotations(file, folder, split=None, allow_outside=False, modalities=M
     """
     listing = Listing(file, split)
     table, classes = listing.table()
-    files, exact = _files_of(listing, folder, allow_outside, modalities)
-    listing.add_stems()
-    number, cut, shared = _assign(listing, _files_by_meaning(listing, files, exact))
+    files, found = _find_files(listing, folder, allow_outside, modalities)
+    number, cut, shared = _assign(listing, found)
 
-    used, names = number >= 0, list(listing.names)
-    for k in np.flatnonzero(number < 0).tolist():
-        listing.leave_out(REASONS[int(number[k])], names[listing.name[k]])
-    print(
-        f"{file}: {used.sum()} of {listing.rows} rows found their file below {folder}"
-        + "".join(f"; {n} {why} (first: {row})" for why, (n, row) in listing.unused.items())
-        + listing.ignored)
+    used = number >= 0
+    for k in np.flatnonzero(~used).tolist():
+        path, name = listing.names[listing.name[k]]
+        listing.leave_out(REASONS[int(number[k])], path if listing.plain else name)
+    said = f"{file}: {used.sum()} of {listing.rows} rows found their file below {folder}" + "".join(
+        f"; {n} {why} (first: {row})" for why, (n, row) in listing.unused.items())
+    if listing.ignored:
+        said += f"; columns that mean nothing here: {', '.join(listing.ignored)}"
 
     if not used.any():
-        raise UserError(
-            f"no row of {file} found its file below {folder}: {listing.looked_for()}")
+        raise UserError(f"{said}. Files are looked for by names like {listing.format.files}")
+    print(said)
 
     whole = cut | (listing.format.task == "ave")  # AVE's times are of the event, not of the clip
-    start, end = (np.where(whole, np.nan, np.array(x))[used] for x in (listing.start, listing.end))
-    labels = table[np.array(listing.label)[used]]
+    start, end = (np.where(whole, np.nan, x)[used] for x in (listing.start, listing.end))
+    labels = table[listing.label[used]]
     many = listing.format.task == "single" and table.shape[1] > 1
     task = "many" if many else listing.format.task
-
-    return Index(
-        str(folder), _encoded(files)[number[used]], start, end, labels, classes, task, shared[used])
+    names = _encoded(files)[number[used]]
+    return Index(str(folder), names, start, end, labels, shared[used], classes, task)
 
 
 def labeled_clips(
@@ -1020,7 +904,7 @@ def labeled_clips(
     """{"train": Index, "test": Index} with the same classes.
 
     From annotation files (one with splits, or two), or from folder names: clips/train/LABEL/ and
-    clips/test/LABEL/, else clips/LABEL/ with a tenth for testing, by hash.
+    clips/test/LABEL/, else clips/LABEL/; a tenth, by hash, for testing where nothing else says so.
     """
     files = {"train": annotations, "test": test_annotations or annotations}
     parts = [os.path.join(folder, part) for part in files]
@@ -1029,36 +913,27 @@ def labeled_clips(
         train, test = (
             read_annotations(file, folder, split, allow_outside, modalities)
             for split, file in files.items())
-        if not test_annotations and np.array_equal(train.names, test.names):
-            train, test = _split(train)
-
     elif all(map(os.path.isdir, parts)):
         train, test = (find_clips(part, modalities) for part in parts)
     else:
-        train, test = _split(find_clips(folder, modalities))
+        train = test = find_clips(folder, modalities)
 
+    two_lists = annotations and test_annotations
+    if not two_lists and train.folder == test.folder and np.array_equal(train.names, test.names):
+        tenth = held_out(train, 0.1)
+        train, test = train.subset(~tenth), train.subset(tenth)
     if not train.classes:
         raise UserError(
             f"the clips of {folder} have no labels: give --annotations, or folders named by label")
-    return {"train": train, "test": _renumbered(test, train.classes)}
 
-
-def _renumbered(index, classes):
-    """The clips with labels numbered as in `classes`."""
-    if index.classes == classes:
-        return index
-
-    unknown = sorted(set(map(str, index.classes)) - set(map(str, classes)))
-    if unknown:
-        raise UserError(
-            f"the test clips have labels that the training clips lack: {', '.join(unknown[:3])}")
-    number = np.array([*map(classes.index, index.classes), -1], np.int16)  # -1 stays -1
-    return replace(index, labels=number[index.labels], classes=classes)
-
-
-def _split(index):
-    test = held_out(index, 0.1)
-    return index.subset(~test), index.subset(test)
+    if test.classes != train.classes:  # number them as in training
+        unknown = sorted(set(map(str, test.classes)) - set(map(str, train.classes)))[:3]
+        if unknown:
+            raise UserError(
+                f"the test clips have labels that the training clips lack: {', '.join(unknown)}")
+        number = np.array([*map(train.classes.index, test.classes), -1], np.int16)  # -1 stays -1
+        test = replace(test, labels=number[test.labels], classes=train.classes)
+    return {"train": train, "test": test}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1118,7 +993,7 @@ class Clips(Dataset):
     def read(self, i, epoch=0):
         """The windows of clip i as tensors {m: ...}, before any augmentation."""
         with Media(self.index.path(i), self.modalities) as media:
-            begin, end = self.index.segment_in(media, i)
+            begin, end = segment_of(media, *self.index.segment(i))
             starts = self.starts(i, epoch, begin, end)
             views = [self.cut(media, *pair, begin, end) for pair in starts]
         return {
@@ -1225,20 +1100,21 @@ def collate(items):
 # Loading
 
 
-def _workers(count):
-    """Settings of a DataLoader with worker processes. On Linux they are forks, which share an
-    index of millions of clips with their parent; Python 3.14's default would copy it to each."""
-    fork = count > 0 and sys.platform == "linux"
-    return {"num_workers": count, "multiprocessing_context": "fork" if fork else None}
+class Workers(DataLoader):
+    """A DataLoader with worker processes. On Linux they are forks, which share an index of millions
+    of clips with their parent; Python 3.14's default would copy it to each."""
 
+    def __init__(self, dataset, count, **how):
+        fork = "fork" if count > 0 and sys.platform == "linux" else None
+        super().__init__(dataset, num_workers=count, multiprocessing_context=fork, **how)
 
-def _started(loader):
-    """Its iterator. What is garbage is removed before a fork: a codec that waits for its threads
-    when it is freed would wait forever in a worker, which has not inherited them."""
-    gc.collect()
-    with warnings.catch_warnings():  # of threads that are left, which a worker does not use
-        warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
-        return iter(loader)
+    def __iter__(self):
+        # What is garbage is removed before a fork: a codec that waits for its threads when it is
+        # freed would wait forever in a worker, which has not inherited them.
+        gc.collect()
+        with warnings.catch_warnings():  # of threads that are left, which a worker does not use
+            warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
+            return super().__iter__()
 
 
 class Loader:
@@ -1246,17 +1122,16 @@ class Loader:
     "label": (B, K) int64}, and "index" (B,) int64, on the CPU.
 
     sampler: lists of keys. On a GPU, the next batch is copied, and its colors are changed, while
-    this one is used. Each clip that cannot be read is told once, and appended to `file`; a batch
-    without any other is left out.
+    this one is used. A clip that cannot be read is told once, a batch of none but such left out.
 
     Attributes: drawn, unreadable (counts), bad {name: reason}, waited (s spent waiting for data).
     """
 
-    def __init__(self, clips, sampler, device="cpu", workers=0, tell=print, file=None):
-        self.device, self.tell, self.file = torch.device(device), tell, file
-        self.loader = DataLoader(
-            clips, batch_sampler=sampler, collate_fn=collate,
-            pin_memory=self.device.type == "cuda", **_workers(workers))
+    def __init__(self, clips, sampler, device="cpu", workers=0, tell=print):
+        self.device, self.tell = torch.device(device), tell
+        self.loader = Workers(
+            clips, workers, batch_sampler=sampler, collate_fn=collate,
+            pin_memory=self.device.type == "cuda")
         self.fate = "replaced" if getattr(clips, "augment", None) else "left out"
         self.drawn, self.unreadable, self.bad, self.waited = 0, 0, {}, 0.0
 
@@ -1269,24 +1144,21 @@ class Loader:
             return
 
         here, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        batches, batch = self.batches(), None
-        for following in itertools.chain(batches, [None]):
-            ready = batch
-            if ready is not None:
-                here.wait_stream(side)  # for this batch; the next is not yet begun
+        ready = None
+        for batch in itertools.chain(self.batches(), [None]):
+            here.wait_stream(side)  # for the batch that is ready; the next is not yet begun
+            with torch.cuda.stream(side):
+                following = batch and self.to_device(batch)
 
-            if following is not None:
-                with torch.cuda.stream(side):
-                    batch = self.to_device(following)
-
-            if ready is not None:
+            if ready:
                 for name in ready.keys() - {"index"}:
                     ready[name].record_stream(here)
                 yield ready
+            ready = following
 
     def batches(self):
-        """Batches on the CPU, with what could not be read told and counted."""
-        batches = _started(self.loader)
+        """Batches on the CPU, with what could not be read counted, and told once."""
+        batches = iter(self.loader)
         while True:
             since = time.monotonic()
             batch = next(batches, None)
@@ -1294,24 +1166,16 @@ class Loader:
             if batch is None:
                 return
 
-            self.note(batch.pop("bad"))
+            bad = batch.pop("bad")
+            self.unreadable += len(bad)
             self.drawn += len(batch["index"])
+
+            for name, reason in bad:
+                if name not in self.bad:
+                    self.bad[name] = reason
+                    self.tell(f"unreadable, {self.fate}: {name}: {reason}")
             if len(batch["index"]):
                 yield batch
-
-    def note(self, bad):
-        """Counts clips that could not be read, and tells each once."""
-        self.unreadable += len(bad)
-        for name, reason in bad:
-            if name in self.bad:
-                continue
-            self.bad[name] = reason
-            self.tell(f"unreadable, {self.fate}: {name}: {reason}")
-
-            if self.file:
-                pathlib.Path(self.file).parent.mkdir(parents=True, exist_ok=True)
-                with open(self.file, "a", encoding="utf-8", errors="surrogateescape") as lines:
-                    lines.write(f"{name}: {reason}\n")
 
     def to_device(self, batch):
         """A batch with all but its index on the device, and its colors changed."""
@@ -1456,39 +1320,34 @@ class Check(Dataset):
 
     def __getitem__(self, i):
         try:
-            warnings = self.warnings(i)
+            warnings = ", ".join(self.warnings(i))
         except ClipError as error:
             return "bad", str(error), 0
-        return "warning" if warnings else "", ", ".join(warnings), 0
+        return "warning" if warnings else "", warnings, 0
 
     def warnings(self, i):
         clip, window = self.clips.read(i), self.clips.window
         with Media(self.index.path(i), self.clips.modalities) as media:
             media.deadline = math.inf
-            begin, end = self.index.segment_in(media, i)
+            begin, end = segment_of(media, *self.index.segment(i))
 
-            warnings = []
             if end - begin < max(window.video_seconds, window.seconds) - 1e-3:
-                warnings.append(f"shorter than a window ({end - begin:.2f} s)")
+                yield f"shorter than a window ({end - begin:.2f} s)"
             if "audio" in clip and (clip["audio"] <= math.log(2 * MEL_OFFSET)).all():
-                warnings.append("silent")
+                yield "silent"
             if "video" in clip and (clip["video"] == clip["video"][:1]).all():
-                warnings.append("still picture")
+                yield "still picture"
 
             try:
-                self.decode_all(media, begin, end)
-            except (ClipError, *AV_ERRORS) as error:
-                warnings.append(f"damaged outside the first window: {error}")
-            return warnings
+                for stream in filter(None, (media.video, media.audio)):
+                    for at, frame in media.decode(stream, begin):
+                        if at > end:
+                            break
+                        if isinstance(frame, av.Packet):
+                            frame.decode()
 
-    @staticmethod
-    def decode_all(media, begin, end):
-        for stream in filter(None, (media.video, media.audio)):
-            for at, frame in media.decode(stream, begin):
-                if at > end:
-                    break
-                if isinstance(frame, av.Packet):
-                    frame.decode()
+            except (ClipError, *AV_ERRORS) as error:
+                yield f"damaged outside the first window: {error}"
 
 
 # frames/s: every sampling step of the paper is a multiple of 0.08 s
@@ -1517,7 +1376,7 @@ class Prepare(Dataset):
         try:
             with Media(self.index.path(i), ()) as media:
                 media.deadline = math.inf
-                segment = self.index.segment_in(media, i)
+                segment = segment_of(media, *self.index.segment(i))
                 with av.open(str(partial), "w", format="matroska") as container:
                     encode(media, container, *segment, self.quality)
             os.replace(partial, path)
@@ -1533,7 +1392,7 @@ class Prepare(Dataset):
     def path(self, i):
         """Where clip i goes: its path, with its times in ms if it is a part of the file."""
         path = pathlib.PurePath(os.fsdecode(self.index.names[i]))
-        start, end = self.index.segment(i)
+        start, end, _ = self.index.segment(i)
         cut = "" if math.isnan(start) else f"_{_ms(start)}_{_ms(end)}"
         return self.target / path.with_name(path.stem + cut + ".mkv")
 
@@ -1581,12 +1440,11 @@ def _go_through(job, workers, estimate=False):
     """Runs a job on each clip, by worker processes, and says which clips are not as they should be
     -> {verdict: count}, bytes."""
     verdicts, size = collections.Counter(), 0
-    results = _started(DataLoader(job, batch_size=None, **_workers(workers)))
-    results = tqdm(results, total=len(job), disable=None)
-
+    results = tqdm(Workers(job, workers, batch_size=None), total=len(job), disable=None)
     for i, (verdict, reason, more) in enumerate(results):
         verdicts[verdict] += 1
         size += more
+
         if verdict:
             tqdm.write(f"{verdict}: {job.index.name(i)}: {reason}")
         if estimate and i in (9, 99, 999):
@@ -1597,18 +1455,16 @@ def _go_through(job, workers, estimate=False):
 def check(index, window, workers, modalities=MODALITIES):
     """Prints the clips that are bad or odd, and a summary; returns how many are bad."""
     verdicts, _ = _go_through(Check(Clips(index, window, modalities)), workers)
-    print(
-        f"{len(index)} clips: {verdicts['']} fine, {verdicts['warning']} used with a warning, "
-        f"{verdicts['bad']} bad")
+    print(f"{len(index)} clips: {verdicts['']} fine, {verdicts['warning']} used with a warning, "
+          f"{verdicts['bad']} bad")
     return verdicts["bad"]
 
 
 def prepare(index, target, quality, workers):
     """Re-encodes all clips of an Index to `target`; returns how many are bad."""
     verdicts, size = _go_through(Prepare(index, target, quality), workers, estimate=True)
-    print(
-        f"{verdicts['']} of {len(index)} clips in {target}, {size / 1e9:.3f} GB; "
-        f"{verdicts['bad']} bad")
+    print(f"{verdicts['']} of {len(index)} clips in {target}, {size / 1e9:.3f} GB; "
+          f"{verdicts['bad']} bad")
     return verdicts["bad"]
 
 
@@ -1624,29 +1480,27 @@ def one_sentence(kind, error, trace):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("check", "prepare"))
+    add = parser.add_argument
+    add("command", choices=("check", "prepare"))
+    add("source", help="folder of video files, or one file")
+    add("target", nargs="?", help="prepare: folder to write to")
 
-    parser.add_argument("source", help="folder of video files, or one file")
-    parser.add_argument("target", nargs="?", help="prepare: folder to write to")
-    parser.add_argument("--annotations", default="", help="annotation file that lists the clips")
-
-    parser.add_argument(
-        "--modalities", nargs="+", choices=MODALITIES, default=MODALITIES,
+    add("--annotations", default="", help="annotation file that lists the clips")
+    add("--modalities", nargs="+", choices=MODALITIES, default=MODALITIES,
         help="what clips must have; audio alone takes sound files, too")
-    parser.add_argument(
-        "--quality", type=int, default=QUALITY, help="prepare: JPEG quantizer, 2 (best) to 31")
-    parser.add_argument("--seconds", type=float, default=8.0, help="check: audio of a window")
+    add("--quality", type=int, default=QUALITY, help="prepare: JPEG quantizer, 2 (best) to 31")
+    add("--seconds", type=float, default=8.0, help="check: audio of a window")
+    add("--workers", type=int, default=cpu_count(), help="processes")
 
-    parser.add_argument("--workers", type=int, default=cpu_count(), help="processes")
     args = parser.parse_args()
     if args.command == "prepare" and not args.target:
         raise UserError("say where to: python data.py prepare SOURCE TARGET")
 
     modalities = [m for m in MODALITIES if m in args.modalities]
-    index = (
-        read_annotations(args.annotations, args.source, modalities=modalities)
-        if args.annotations
-        else find_clips(args.source, modalities))
+    if args.annotations:
+        index = read_annotations(args.annotations, args.source, modalities=modalities)
+    else:
+        index = find_clips(args.source, modalities)
 
     if args.command == "check":
         return int(check(index, Window(seconds=args.seconds), args.workers, modalities) > 0)

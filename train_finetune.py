@@ -28,7 +28,7 @@ import train_pretrain
 from train_pretrain import CLIP, DATA, RUN, Log, Run, learning_rate, modalities_of, window_of
 
 # ---------------------------------------------------------------------------------------------
-# Settings, by group: name: (default, what it is). A preset overrides a default, a flag a preset.
+# Settings by group, as name: (default, what it is). A preset overrides a default, a flag a preset.
 
 MODEL = {  # fixed for a run
     "size": ("base", "of the model"),
@@ -75,8 +75,8 @@ AUGMENT = {
 }
 AUGMENT |= {f"{name}-released": replace(x, time_masks=(0, 0)) for name, x in AUGMENT.items()}
 
-PRESETS = {  # Tables 22, 23, 24; ave: the recipe of vggsound, one pass over 10 s
-    "demo": dict(  # few clips, no augmentation: chosen on other seeds than those reported
+PRESETS = {  # Tables 22, 23, 24; ave: the recipe of vggsound for a base model, one view of 10 s
+    "demo": dict(  # settings chosen on other seeds than those that the README reports
         size="demo", frames=8, frame_step=0.32, image=32, tubelet=(2, 8, 8), seconds=2.56, mels=32,
         norm=(-0.5, 0.41, 1.5, 1.4), views=1, batch=16, lr=0.5, epochs=30, smoothing=0.1,
         drop_path=0.0, mixup=(0.0, 0.0, 0.0), augment="none"),
@@ -146,9 +146,9 @@ def clips_of(args):
 
 
 def layer_scales(model, decay):
-    """{parameter: multiplier of the learning rate}: decay^(L-i) for block i, decay^(L+1) for what
-    comes before the blocks, 1 for what comes after; a norm between stages goes with the block
-    before it."""
+    """{parameter: multiplier of the learning rate}: decay^(L-i) for block i, from 0; decay^(L+1)
+    for what comes before the blocks; 1 for what comes after, and for MBT's new bottleneck; a norm
+    between stages goes with the block before it."""
     depth = model.config.size.depth
     scales = dict.fromkeys(model.parameters(), 1.0)
     scales.update(dict.fromkeys(model.patch_embed.parameters(), decay ** (depth + 1)))
@@ -159,8 +159,8 @@ def layer_scales(model, decay):
 
         if isinstance(model.trunk, avmae.Fusion):
             for stack in model.trunk.stacks(m)[:-1]:
-                block = scales[next(stack.blocks[-1].parameters())]
-                scales.update(dict.fromkeys(stack.norm.parameters(), block))
+                scale = scales[next(stack.blocks[-1].parameters())]
+                scales.update(dict.fromkeys(stack.norm.parameters(), scale))
 
     return scales
 
@@ -175,13 +175,16 @@ def make_optimizer(model, args):
     optimizer = torch.optim.SGD(
         [{"params": p, "scale": s} for s, p in groups.items()], lr=0.0, momentum=MOMENTUM,
         fused=True)
-    for p in sum(groups.values(), []):  # else a first step that is skipped leaves it undefined
+    for p in sum(groups.values(), []):  # else undefined where `found_inf` skips the first step
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
 def targets_of(task, label, num_classes):
-    """Labels (B, K), padded with -1 -> what the logits should be: (B, C), for ave (B, 10, C)."""
+    """Labels (B, K), padded with -1 -> what the logits should be: (B, C), for ave (B, 10, C).
+
+    task: "single" or "many" labels a clip, "epic" (a verb and a noun), "ave" (a label a second).
+    """
     if task == "epic":  # the heads side by side
         heads = [F.one_hot(label[:, i], count) for i, count in enumerate(num_classes)]
         return torch.cat(heads, dim=1).float()
@@ -217,8 +220,8 @@ def mixed(inputs, target, alpha, *seeds):
 def classification_loss(logits, labels, kind, smoothing=0.0, heads=None):
     """Mean over modalities of the softmax or sigmoid cross-entropy with smoothed labels.
 
-    logits and labels {m: (B, C)} or {m: (B, S, C)}; sigmoid sums over classes; heads: sizes of
-    several softmaxes side by side, whose mean is taken.
+    logits and labels {m: (B, C)} or {m: (B, segments, C)}; sigmoid sums over classes; heads: sizes
+    of several softmaxes side by side, whose mean is taken.
     """
     losses = []
     for m, x in logits.items():
@@ -281,10 +284,10 @@ def ranking_metrics(logits, target):
     some = [c for c in range(len(counts)) if counts[c]]
     usable = [c for c in some if counts[c] < len(target)]
 
-    precision = sum(average_precision(logits[:, c], target[:, c]) for c in some)
+    total = sum(average_precision(logits[:, c], target[:, c]) for c in some)
     auc = sum(roc_auc(logits[:, c], target[:, c]) for c in usable) / max(1, len(usable))
     d_prime = math.sqrt(2) * torch.special.ndtri(torch.tensor(auc, dtype=torch.float64)).item()
-    return {"mAP": precision / max(1, len(some)), "AUC": auc, "d-prime": d_prime}
+    return {"mAP": total / max(1, len(some)), "AUC": auc, "d-prime": d_prime}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -500,17 +503,20 @@ if __name__ == "__main__":
 
     net = run.wrap(model)
     loader = run.load(train, data.Batches(
-        len(train), args.batch, args.seed, start, steps, run.rank, run.world, run.micro))
+        len(train), args.batch, args.seed, start, steps, run.rank, run.world, micro=run.micro))
     log = Log(run, train, loader, ["loss"], start, steps, steps_per_epoch)
 
     warmup = args.warmup * steps_per_epoch
     peak = args.lr * args.batch / PRESETS[args.preset].get("batch", RECIPE["batch"][0])
-    alpha = dict(zip((("audio",), ("video",)), args.mixup)).get(args.modalities, args.mixup[2])
+    alpha = args.mixup[{("audio",): 0, ("video",): 1}.get(args.modalities, 2)]  # 2: both
     kind = "sigmoid" if task == "many" else "softmax"
     heads = num_classes if task == "epic" else None
 
     def look(best):
-        """Tests; keeps the model in best.pt if it is better than the best -> the best."""
+        """Tests; keeps the model in best.pt if it is the best so far -> the best.
+
+        There is no third split: best.pt is chosen on the test clips, results.json is of the last.
+        """
         metrics = test_all(model, test, run, task, names)
         metric = next(iter(metrics.values()))
         log.write({"step": log.done, "held_out": metrics})
@@ -532,7 +538,7 @@ if __name__ == "__main__":
             inputs = {m: batch[m] for m in model.config.modalities}  # {m: (micro, T, ...)}
             target = targets_of(task, batch["label"], num_classes)  # (micro, C)
             seeds = args.seed, step, (run.rank * run.local + k) // run.micro
-            inputs, labels = mixed(inputs, target, alpha, *seeds)
+            inputs, labels = mixed(inputs, target, alpha, *seeds)  # with clips of the same pass
             index.append(batch["index"])
 
             with run.exchange(net, last=k + run.micro == run.local):
@@ -546,13 +552,13 @@ if __name__ == "__main__":
         rate = learning_rate(step, peak, warmup, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * rate
-        optimizer.found_inf = (~norm.isfinite()).float()  # a fused step is skipped where it is 1
+        optimizer.found_inf = (~norm.isfinite()).float()  # at 1, a fused step is skipped
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if log.note(step, total[None], norm, torch.cat(index)):
+        if log.note(step, total[None], norm, torch.cat(index)):  # every --log-every steps
             log.report(rate)
-            if log.passed(args.eval_every):
+            if log.passed_epochs(args.eval_every):  # a multiple of so many
                 best = look(best)
             if log.should_save():
                 run.save(
@@ -564,6 +570,6 @@ if __name__ == "__main__":
     # -----------------------------------------------------------------------------------------
     # How well it classifies: every run ends here, one of no steps, too
 
-    best = look(best)
+    look(best)
     log.curves()
     run.end()

@@ -32,7 +32,7 @@ import avmae
 import data
 
 # ---------------------------------------------------------------------------------------------
-# Settings, by group: name: (default, what it is). A preset overrides a default, a flag a preset.
+# Settings by group, as name: (default, what it is). A preset overrides a default, a flag a preset.
 
 DATA = {  # of both scripts; may change on resume
     "data": ("", "folder of video files, or one file; none: the built-in clips"),
@@ -40,7 +40,7 @@ DATA = {  # of both scripts; may change on resume
     "allow_outside": (False, "let annotations name files that are not below --data"),
 }
 CLIP = {  # what a clip is, in both scripts; fixed for a run
-    "modalities": (("video", "audio"), "one for AudioMAE or VideoMAE (Table 3)"),
+    "modalities": (("video", "audio"), "give one for AudioMAE or VideoMAE (Table 3)"),
     "frames": (16, "video frames of a clip"),
     "frame_step": (0.16, "seconds between frames; stride 4 at 25 frames/s"),
     "image": (224, "height and width of a frame, pixels"),
@@ -63,10 +63,10 @@ MODEL = {  # fixed for a run
     "allow_uncoupled": (False, "allow separate encoder + separate decoder (Table 10)"),
 }
 RECIPE = {  # fixed for a run
-    "clips": (4096, "number of built-in clips"),
+    "clips": (4096, "number of built-in clips, and of those of a dry run without --data"),
     "fraction": (1.0, "share of the training clips to use (Table 17)"),
     "repeat": (1, "rows of a batch that share a decoded clip, each with its own crop and masks"),
-    "epochs": (400, "times that as many rows are seen as there are clips (Table 5)"),
+    "epochs": (400, "each has as many rows as there are clips (Table 5)"),
     "batch": (512, "clips a step, over all processes"),
     "lr": (1.5e-4, "peak learning rate for a batch of 256"),
     "warmup": (4.0, "epochs of linear warm-up"),
@@ -93,7 +93,7 @@ PRETRAIN_ONLY = {
 GROUPS = {
     "data": DATA | PRETRAIN_ONLY, "clips": CLIP, "model": MODEL, "recipe": RECIPE, "run": RUN}
 
-PRESETS = {  # Table 20 and the released configs
+PRESETS = {  # vggsound and audioset: Table 20 and the released configs; the paper's best is mid
     "demo": dict(
         size="demo", frames=8, frame_step=0.32, image=32, tubelet=(2, 8, 8), seconds=2.56, mels=32,
         norm=(-0.5, 0.41, 1.5, 1.4), mask_video=0.6, mask_audio=0.5, epochs=10, batch=32,
@@ -404,7 +404,7 @@ def one_sentence(kind, error, trace):
         print(f"error: {error}", file=sys.stderr)
     elif issubclass(kind, torch.OutOfMemoryError):
         print(
-            "error: out of memory on the device: lower --micro-batch (the result is the same), or "
+            "error: out of memory on the device: lower --micro-batch (mixup mixes within one), or "
             f"give --checkpoint-activations; {str(error).splitlines()[0]}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
@@ -466,8 +466,8 @@ class Run:
         self.print(f"model   {describe(model.config)}, {parameters:,} parameters")
         self.print(f"clips   {train:,} to train on, {held_out:,} held out")
         self.print(
-            f"steps   {steps:,}, {steps_per_epoch:,} an epoch, of {args.batch} clips = "
-            f"{self.world} processes x {self.local // self.micro} passes x {self.micro} clips")
+            f"steps   {steps:,}, {steps_per_epoch:,} an epoch; processes x passes x clips = "
+            f"{self.world} x {self.local // self.micro} x {self.micro} = {args.batch} a step")
         self.print(
             f"folder  {self.out}: last.pt, log.jsonl, settings.json, curves.svg, results.json")
 
@@ -746,7 +746,7 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def passed(self, epochs):
+    def passed_epochs(self, epochs):
         """Whether a multiple of so many epochs lies in the log interval that ends here, and the
         run goes on."""
         every = max(1, round(epochs * self.steps_per_epoch))
@@ -813,6 +813,7 @@ if __name__ == "__main__":
     # Model, clips, and what is going to happen
 
     torch.manual_seed(args.seed)
+    # What a foreign checkpoint (the authors') does not say of itself.
     assume = dict(encoder=args.encoder, decoder=args.decoder, objective=args.objective)
     if args.eval:
         model = avmae.load_model(args.eval, **assume)
@@ -845,8 +846,8 @@ if __name__ == "__main__":
 
     net = run.wrap(model)
     loader = run.load(train, data.Batches(
-        len(train), args.batch, args.seed, start, steps, run.rank, run.world, run.micro,
-        args.repeat))
+        len(train), args.batch, args.seed, start, steps, run.rank, run.world, micro=run.micro,
+        repeat=args.repeat))
     names = ["loss", *(f"loss_{name_of(pair)}" for p in model.config.passes for pair in p.items())]
     log = Log(run, train, loader, names, start, steps, steps_per_epoch)
 
@@ -857,7 +858,7 @@ if __name__ == "__main__":
         log.write({"step": log.done, "held_out": figures})
         run.print("held out: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
 
-        few = [(0, i, 0) for i in range(min(4, len(held_out)))]
+        few = [(0, i, 0) for i in range(min(4, len(held_out)))]  # keys (pass, clip, draw) of Clips
         for batch in run.load(held_out, [few]) if run.rank == 0 else ():
             (run.out / "pictures").mkdir(exist_ok=True)
             draw(model, batch, run.out / "pictures" / f"{log.done:07d}")
@@ -886,16 +887,16 @@ if __name__ == "__main__":
             losses = losses + parts * run.micro / run.local
 
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.found_inf = (~norm.isfinite()).float()  # a fused step is skipped where it is 1
+        optimizer.found_inf = (~norm.isfinite()).float()  # at 1, a fused step is skipped
         rate = learning_rate(step, args.lr * args.batch / 256, warmup, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if log.note(step, losses, norm, torch.cat(index)):
+        if log.note(step, losses, norm, torch.cat(index)):  # every --log-every steps, and the last
             log.report(rate)
-            if log.passed(args.eval_every):
+            if log.passed_epochs(args.eval_every):  # a multiple of so many
                 look()
             if log.should_save():
                 run.save(model, "last.pt", optimizer=optimizer.state_dict(), step=log.done)
@@ -907,10 +908,11 @@ if __name__ == "__main__":
 
     errors = look()
     if run.rank == 0:
-        few = data.Batches(len(train), min(64, len(train)), args.seed, 0, 8)
+        # The best constant, estimated on the CPU from up to 512 training and 256 held-out clips.
+        sample = data.Batches(len(train), min(64, len(train)), args.seed, 0, 8)
         some = data.in_order(min(256, len(held_out)), 16)
         constant = constant_error(
-            model.cpu(), run.load(train, few, "cpu"), run.load(held_out, some, "cpu"))
+            model.cpu(), run.load(train, sample, "cpu"), run.load(held_out, some, "cpu"))
 
         results = {"held_out": report(errors, constant), "clips": len(held_out)}
         run.write("results.json", results)

@@ -90,7 +90,8 @@ def fake(monkeypatch):
     """Inside, tensors have no numbers; autocast believes that there is a GPU."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda *_, **__: None)  # draws until it fits
+    # which draws until all fits
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda *_, **__: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -163,7 +164,8 @@ def finetuning(tmp_path, argv=(), task="single", num_classes=(5,), change=("", "
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["--objective", "joint_inpaint", "--norm-pix", "--modality-embed", "--mask-video", "0.9"]], ids=str)
+    [[], ["--objective", "joint_inpaint", "--norm-pix", "--modality-embed", "--mask-video", "0.9"]],
+    ids=str)
 def test_a_step_of_pretraining_makes_no_gpu_wait(tmp_path, argv):
     names = pretraining(tmp_path, argv)
     losses = names["losses"]

@@ -1,6 +1,7 @@
 """The scripts, run for real with tiny settings."""
 
 import ast
+import atexit
 import errno
 import functools
 import json
@@ -50,9 +51,11 @@ def command(script, *args, torchrun=()):
 
 @functools.cache
 def forks():
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "forks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         cwd=ROOT / "tests", env={**os.environ, "PYTHONPATH": str(ROOT)})
+    atexit.register(process.communicate)  # ends it, and waits
+    return process
 
 
 def free_port():
@@ -137,7 +140,8 @@ def test_a_run_leaves_what_it_says(whole):
     out, said = whole
     lines = said.splitlines()
     assert [x.split()[0] for x in lines[:5]] == ["device", "model", "clips", "steps", "folder"]
-    assert len(max(lines[:5], key=len)) <= 100 + len(str(out)) and "40 to train on, 256 held out" in lines[2]
+    assert len(max(lines[:5], key=len)) <= 100 + len(str(out))
+    assert "40 to train on, 256 held out" in lines[2]
     assert lines_up(lines[5:26]) and lines[5].split()[0] == "step" and "of constant" in said
 
     left = set(re.findall(r"[\w.]+\.\w+", lines[4].split(": ")[1]))
