@@ -858,7 +858,8 @@ if __name__ == "__main__":
         log.write({"step": log.done, "held_out": figures})
         run.print("held out: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
 
-        few = [(0, i, 0) for i in range(min(4, len(held_out)))]  # keys (pass, clip, draw) of Clips
+        count = len(held_out)  # a key of a clip is (pass, clip, draw)
+        few = [(0, 5 * i % count, 0) for i in range(min(4, count))]  # of four different things
         for batch in run.load(held_out, [few]) if run.rank == 0 else ():
             (run.out / "pictures").mkdir(exist_ok=True)
             draw(model, batch, run.out / "pictures" / f"{log.done:07d}")

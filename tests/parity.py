@@ -8,7 +8,6 @@ The kind of a file is told by its `config_json`, else by its name.
 import argparse
 import json
 import pathlib
-import re
 import sys
 from dataclasses import replace
 from unittest import mock
@@ -28,67 +27,6 @@ ENCODERS = {
     "separate_encoders": "separate", "concat_and_encode": "early", "same_encoder": "shared",
     "separate_encoders_and_concat": "mid"}
 DECODERS = {"same_decoder": "shared", "separate_decoders": "separate", "concat_and_decode": "early"}
-
-# Where the authors' parameters are in our models, applied in order to "a/b/c". The importer goes
-# the other way, with a table of its own.
-NAMES = [
-    (r"_(spectrogram|spec)(?=/|$)", "_audio"),
-    (r"_rgb(?=/|$)", "_video"),
-    (r"^embedding/", "patch_embed.video.proj/"),
-    (r"^embedding_(\w+)/", r"patch_embed.\1.proj/"),
-    (r"^Encoder_modality_token_(\w+)", r"patch_embed.\1.modality_embed"),
-    (r"^Decoder_modality_token_", "decoder_modality_embed."),
-    (r"^decoder_projection_", "decoder_embed."),
-    (r"^mask_token_", "mask_token."),
-    (r"^output_projection_", "decoder_pred."),
-    (r"^ProjectionHeadAndClassifier_0/output_projection", "head"),
-    (r"^bottleneck$", "trunk.bottleneck"),
-    (r"^Transformer_concat/", "encoder.stages.1.all/"),
-    (r"^Transformer_(\w+?)/", r"encoder.stages.0.\1/"),
-    (r"^Transformer/", "encoder.stages.0.all/"),
-    (r"^Decoder_(\w+?)/", r"decoder.stages.0.\1/"),
-    (r"^Decoder/", "decoder.stages.0.all/"),
-    (r"encoderblock_", "blocks."),
-    (r"encoder_norm", "norm"),
-    (r"LayerNorm_0", "norm1"),
-    (r"LayerNorm_1", "norm2"),
-    (r"MlpBlock_0/Dense_0", "mlp.fc1"),
-    (r"MlpBlock_0/Dense_1", "mlp.fc2"),
-    (r"MultiHeadDotProductAttention_0/out", "attn.proj"),
-    (r"MultiHeadDotProductAttention_0/(query|key|value)", "attn.qkv"),
-    (r"(kernel|scale)$", "weight"),
-    (r"/", "."),
-]
-MBT_NAMES = [  # the same stack in a finetuned model, whose first modality names no blocks
-    (r"^encoder\.stages\.0\.all\.blocks\.(\d+)_audio", r"trunk.blocks.audio.\1"),
-    (r"^encoder\.stages\.0\.all\.blocks\.(\d+)", r"trunk.blocks.FIRST.\1"),
-    (r"^encoder\.stages\.0\.all\.norm", "trunk.norm"),
-]
-
-
-def official_name(path, first=None):
-    """An official parameter's name in our model, and which of q, k, v (0, 1, 2) it is, or None.
-
-    first: of a finetuned model, its first modality.
-    """
-    name = path
-    for pattern, ours in NAMES + (MBT_NAMES if first else []):
-        name = re.sub(pattern, ours, name)
-
-    part = re.search(r"/(query|key|value)/", path)
-    return name.replace("FIRST", first or ""), part and ("query", "key", "value").index(part[1])
-
-
-def official_tensor(path, array):
-    """An official array as our weight: kernels are (..., in, out) there, (out, in) here."""
-    array = torch.as_tensor(np.asarray(array))
-    if path.startswith("embedding") and array.ndim == 4:  # equal channels in: one channel, summed
-        array = array.sum(2, keepdim=True)
-    if not path.endswith("kernel"):
-        return array.flatten() if path != "bottleneck" else array[0]
-
-    inputs = 1 if re.search("/(query|key|value)/", path) else array.ndim - 1
-    return array.flatten(inputs).flatten(0, inputs - 1).T.contiguous()
 
 
 def error(ours, reference):
@@ -118,57 +56,53 @@ def inputs_of(file, dtype):
 
 
 def model_of(file, dtype, **assume):
-    """Config, with the shapes of the file's inputs, and weights."""
-    params = {path: torch.tensor(x) for path, x in group(file, "params/").items()}
+    """Config, with the shapes of the file's inputs; our weights, and theirs {path: tensor} that the
+    importer made them of."""
+    params = {
+        path: torch.tensor(x, dtype=dtype, requires_grad=True)
+        for path, x in group(file, "params/").items()}
     checkpoint = avmae.from_official(params, **assume)
     config = avmae.from_dict(checkpoint["config"])
 
     inputs = inputs_of(file, dtype)
     modalities = {m: modality.like(inputs[m]) for m, modality in config.modalities.items()}
-    return replace(config, modalities=modalities), checkpoint["model"]
+    return replace(config, modalities=modalities), checkpoint["model"], params
 
 
-def gradient_errors(model, file, norms, full, first=None):
+def gradients(model, state, params):
+    """{path: gradient} of a model's weights, taken back through the importer to what it made them
+    of; of the parameters that our model has."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    ours = [state[name] for name in grads]
+    theirs = torch.autograd.grad(
+        ours, list(params.values()), list(grads.values()), retain_graph=True, allow_unused=True)
+    return {path: grad.double() for path, grad in zip(params, theirs) if grad is not None}
+
+
+def gradient_errors(grads, file, norms, full):
     """The global norm, norms and arrays of gradients; `norms` and `full` say where they lie."""
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    channels = {}  # a gradient of ours stands for so many equal ones in the file
-    for path, kernel in group(file, "params/embedding_").items():
-        channels[f"embedding_{path}"] = kernel.shape[2] if kernel.ndim == 4 else 1
-
-    def ours(path):
-        name, slot = official_name(path, first)
-        grad = grads.get(name)  # None: a part that this objective does not have
-        return grad if grad is None or slot is None else grad.chunk(3)[slot]
-
-    paths = list(map(str, file[f"{norms}/names"]))
-    ours_norm = {
-        path: channels.get(path, 1) ** 0.5 * float(ours(path).norm())
-        for path in paths if ours(path) is not None}
     key = f"{full}global_norm" if f"{full}global_norm" in file else f"{full[:-1]}_global_norm"
     scale = float(file[key])
-    total = sum(norm**2 for norm in ours_norm.values()) ** 0.5
+    total = sum(grad.norm() ** 2 for grad in grads.values()).item() ** 0.5
     yield "global gradient norm", abs(total - scale) / max(1.0, scale), GRADIENT_BOUND
-    covered = {official_name(path, first)[0] for path in paths}
-    yield "parameters without a norm", len(grads.keys() - covered), 0
+
+    norm_of = dict(zip(map(str, file[f"{norms}/names"]), map(float, file[f"{norms}/values"])))
+    yield "parameters without a norm", len(grads.keys() - norm_of.keys()), 0
 
     def compare(path, difference, size):
         if path.strip("|").endswith("key/bias"):
             return f"{path} (exactly 0)", difference / scale, KEY_BIAS_BOUND
         return path, difference / max(size, 1e-12), GRADIENT_BOUND
 
-    for path, norm in zip(paths, map(float, file[f"{norms}/values"])):
-        if path in ours_norm:
-            yield compare(f"|{path}|", abs(ours_norm[path] - norm), norm)
-        else:
+    for path, norm in norm_of.items():
+        if path in grads:
+            yield compare(f"|{path}|", abs(float(grads[path].norm()) - norm), norm)
+        else:  # a part that this objective does not have
             yield f"|{path}| (unused)", norm, 1e-12
-
     for path, array in group(file, full).items():
-        if path != "global_norm" and ours(path) is not None:
-            if path in channels and array.ndim == 4:
-                array = array[:, :, :1]
-            theirs = official_tensor(path, array).double()
-            difference = ours(path).double().reshape(theirs.shape) - theirs
-            yield compare(path, float(difference.norm()), float(theirs.norm()))
+        if path in grads:
+            theirs = torch.tensor(array).double()
+            yield compare(path, float((grads[path] - theirs).norm()), float(theirs.norm()))
 
 
 def strategies(path, file):
@@ -189,7 +123,7 @@ def strategies(path, file):
 
 def check_pretraining(path, file, dtype):
     """Predictions, losses, gradients, and the unmasked encoder's output."""
-    config, state = model_of(file, dtype, **strategies(path, file))
+    config, state, params = model_of(file, dtype, **strategies(path, file))
     inputs, bound = inputs_of(file, dtype), OUTPUT_BOUND[dtype]
     ids = [
         {m: x.long() for m, x in by_ours(file, which).items()}
@@ -211,7 +145,8 @@ def check_pretraining(path, file, dtype):
 
         yield f"loss {name}", error(out.loss, file[f"loss_{name}/total"]), bound
         out.loss.backward()
-        yield from gradient_errors(model, file, f"gradnorm_{name}", f"grad_{name}/")
+        grads = gradients(model, state, params)
+        yield from gradient_errors(grads, file, f"gradnorm_{name}", f"grad_{name}/")
 
     for m, features in model.features(inputs, pool=False).items():
         yield f"features {m}", error(features, file[f"eval_out/{THEIRS[m]}"]), bound
@@ -219,7 +154,7 @@ def check_pretraining(path, file, dtype):
 
 def check_finetuning(path, file, dtype):
     """Logits at test time and in training, tokens, stochastic depth, losses, gradients."""
-    config, state = model_of(file, dtype, fusion_layer=2)
+    config, state, params = model_of(file, dtype, fusion_layer=2)
     inputs, bound = inputs_of(file, dtype), OUTPUT_BOUND[dtype]
 
     def model_with(state=state, **settings):
@@ -227,9 +162,14 @@ def check_finetuning(path, file, dtype):
         model.load_state_dict(state)
         return model.eval()
 
-    model = model_with()
+    model, last = model_with(), {}
+    for m, blocks in model.trunk.blocks.items():
+        blocks[-1].register_forward_hook(lambda block, x, y, m=m: last.update({m: y}))
     logits, tokens = model(inputs), model.features(inputs, pool=False)
     yield "logits", error(mean_of(logits), file["out/logits"]), bound
+    if len(last) > 1 and "out/bottleneck" in file:  # its scale, which norms hide from the logits
+        both = {m: y[:, -file["out/bottleneck"].shape[1] :] for m, y in last.items()}
+        yield "bottleneck tokens", error(mean_of(both), file["out/bottleneck"]), bound
     for m, theirs in ((m, THEIRS[m]) for m in config.modalities):
         yield f"tokens {m}", error(tokens[m], file[f"out/tokens_{theirs}"]), bound
         yield f"pooled {m}", error(tokens[m].mean(1), file[f"out/prelogits_{theirs}"]), bound
@@ -244,10 +184,12 @@ def check_finetuning(path, file, dtype):
         yield "logits without bottlenecks", error(mean_of(alone(inputs)), theirs), bound
     for kind in "softmax", "sigmoid":
         yield from check_loss(model, inputs, kind, file, bound)
+        grads = gradients(model, state, params)
+        yield from gradient_errors(grads, file, f"{kind}/gradnorm", f"{kind}/grad/")
 
 
 def check_loss(model, inputs, kind, file, bound):
-    """The loss of each modality's logits with its gradients, and that of their mean."""
+    """The loss of each modality's logits, whose gradients it leaves, and that of their mean."""
     from train_finetune import classification_loss
 
     model.zero_grad()
@@ -258,8 +200,6 @@ def check_loss(model, inputs, kind, file, bound):
     loss = classification_loss(logits, labels, kind, smoothing=0.3)
     yield f"{kind} loss", error(loss, file[f"{kind}/loss"]), bound
     loss.backward()
-    first = next(iter(model.config.modalities))
-    yield from gradient_errors(model, file, f"{kind}/gradnorm", f"{kind}/grad/", first)
 
     onehot = {"all": torch.tensor(file[f"{kind}/labels_onehot"], dtype=dtype)}
     loss = classification_loss({"all": mean_of(logits)}, onehot, kind, smoothing=0.3)
