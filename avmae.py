@@ -546,11 +546,12 @@ class AVMAE(nn.Module):
         modalities = self.config.modalities
         return {m: modalities[m].patchify(inputs[m]) for m in modalities if m in inputs}
 
-    def draw_ids(self, inputs):
+    def draw_ids(self, inputs, generator=None):
         """Masks for clips of any shape, on their device."""
         modalities = self.config.modalities
         clips = inputs[next(iter(modalities))]
-        ids = random_masking({m: modalities[m].like(inputs[m]) for m in modalities}, len(clips))
+        shaped = {m: modalities[m].like(inputs[m]) for m in modalities}
+        ids = random_masking(shaped, len(clips), generator)
         return [{m: part.to(clips.device) for m, part in which.items()} for which in ids]
 
     def forward_encoder(self, patches, ids_keep=None):

@@ -330,7 +330,8 @@ def report(errors, constant):
 def draw(model, inputs, path):
     """Writes PATH_NAME.png for each reconstruction. Of each clip three rows, time to the right:
     the original, what the encoder saw of it, and with the prediction; blue is what is missing."""
-    for pair, clips in model.reconstruct(inputs).items():
+    ids = model.draw_ids(inputs, torch.Generator().manual_seed(0))  # the same at each look
+    for pair, clips in model.reconstruct(inputs, ids).items():
         rows = torch.stack(clips, dim=1).cpu()  # (B, 3, T, ...)
         picture = (video_rows if pair[0] == "video" else audio_rows)(rows)
         picture = make_grid(picture, nrow=1, padding=2, pad_value=1)

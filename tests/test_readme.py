@@ -132,9 +132,9 @@ def test_names_in_the_readme_exist():
     flags = {
         f"--{f.replace('_', '-')}"
         for module in modules[2:] for group in module.GROUPS.values() for f in group}
-    torch_and_pip = {"--nproc", "--max-restarts", "--ipc", "--quality"}
+    others = {"--max-restarts", "--ipc", "--repeats", "--peer", "--growth", "--preset", "--help"}
     used = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]*)", README))
-    assert used <= flags | torch_and_pip | {"--preset", "--help"}, used - flags
+    assert used <= flags | others, used - flags
 
     for file in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
         assert (ROOT / file).exists(), file
