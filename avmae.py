@@ -6,8 +6,8 @@
        -> MBT, or the encoder -> logits                      Classifier, Sec. 4.1
 
 Two tables hold the paper's variants: `PLANS` (Fig. 2: how audio and video are fused) and `CONTEXT`
-(Fig. 3: what is reconstructed from what). One class, `Fusion`, runs any plan: it is the encoder and
-the decoder. Needs torch and einops only: copy this file and it works.
+(Sec. 3.4: what is reconstructed from what). One class, `Fusion`, runs any plan: it is the encoder
+and the decoder. Needs torch and einops only: copy this file and it works.
 
 Letters: B clips, N tokens of a modality, V visible and M masked ones (V + M = N), P numbers in a
 patch, D width (D' of the decoder), L layers, S joint layers; m a modality. A target t is decoded
@@ -102,7 +102,7 @@ class Modality:
         return rearrange(x[:, :frames], self.pattern, **self.in_patch)
 
     def unpatchify(self, patches):
-        """The inverse, for clips of `shape`: (B, N, P) -> (B, T, ...)."""
+        """The inverse, for clips of `shape` less what is dropped: (B, N, P) -> (B, T, ...)."""
         clips, cut = self.pattern.split(" -> ")
         sizes = dict(zip(self.axes, self.grid)) | self.in_patch
         return rearrange(patches, f"{cut} -> {clips}", **sizes)
@@ -206,7 +206,7 @@ class PatchEmbed(nn.Module):
 
         # The same as a convolution whose stride is its kernel: each patch is projected on its own.
         self.proj = nn.Linear(modality.patch_dim, width)
-        std = modality.patch_dim**-0.5 / 0.8796  # LeCun's; a normal cut at 2 std keeps 0.8796 of it
+        std = modality.patch_dim**-0.5 / 0.8796  # LeCun's; 0.8796 is left when it is cut at 2 std
         nn.init.trunc_normal_(self.proj.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.proj.bias)
 
@@ -468,7 +468,7 @@ class Reconstruction(NamedTuple):
 
     original: torch.Tensor
     visible: torch.Tensor  # what the encoder saw of it, NaN elsewhere
-    rebuilt: torch.Tensor  # the prediction in the gaps of the original; if inpainted, of NaN
+    rebuilt: torch.Tensor  # original with its gaps predicted; from another modality: NaN elsewhere
 
 
 def random_masking(modalities, batch, generator=None, rows=slice(None)):
@@ -494,9 +494,8 @@ class AVMAE(nn.Module):
         super().__init__()
         self.config = config
         width, decoder_width = config.size.width, config.decoder_size.width
-        pairs = [pair for each_pass in config.passes for pair in each_pass.items()]
-        targets = [m for m in config.modalities if m in [t for t, _ in pairs]]
-        contexts = [m for m in config.modalities if m in [c for _, c in pairs]]
+        targets = [m for m in config.modalities if any(m in p.keys() for p in config.passes)]
+        contexts = [m for m in config.modalities if any(m in p.values() for p in config.passes)]
 
         self.patch_embed = nn.ModuleDict({
             m: PatchEmbed(modality, width, config.modality_embed)
@@ -505,6 +504,7 @@ class AVMAE(nn.Module):
 
         # Only what the objective uses exists: video from audio needs no projection of video tokens.
         self.decoder_embed = nn.ModuleDict({c: linear(width, decoder_width) for c in contexts})
+        # Mask tokens and the last layer start at zero, as released.
         self.mask_token = nn.ParameterDict({t: torch.zeros(decoder_width) for t in targets})
         if config.modality_embed:
             self.decoder_modality_embed = nn.ParameterDict(
@@ -530,7 +530,7 @@ class AVMAE(nn.Module):
 
         losses, preds, ids_pred = {}, {}, {}
         for pairs in self.config.passes:                    # {t: c}
-            given, hidden = self.decoder_ids(pairs, ids_keep, ids_mask)  # ids (B, V), (B, N - V)
+            given, hidden = self.decoder_ids(pairs, ids_keep, ids_mask)  # {t: (B, V)}, and the rest
             pred = self.forward_decoder(latent, pairs, given, hidden)    # {t: (B, N - V, P)}
 
             for t, c in pairs.items():
@@ -692,10 +692,10 @@ class MBT(nn.Module):
             z = self.bottleneck.expand(len(next(iter(x.values()))), -1, -1)  # (B, Z, D)
 
         for layer in range(self.fusion_layer, self.depth):
-            both = {m: torch.cat([x[m], z], dim=1) for m in x}  # {m: (B, N + Z, D)}
-            both = {m: self.blocks[m][layer](both[m]) for m in x}
-            x = {m: both[m][:, : -z.shape[1]] for m in x}
-            z = torch.stack([both[m][:, -z.shape[1] :] for m in x]).mean(0)
+            joined = {m: torch.cat([x[m], z], dim=1) for m in x}  # {m: (B, N + Z, D)}
+            joined = {m: self.blocks[m][layer](joined[m]) for m in x}
+            x = {m: joined[m][:, : -z.shape[1]] for m in x}
+            z = torch.stack([joined[m][:, -z.shape[1] :] for m in x]).mean(0)
 
         return {m: self.norm(x[m]) for m in x}
 
@@ -766,7 +766,8 @@ def transfer(source, target, streams=None):
     """Initializes a Classifier from an AVMAE (Sec. 4.1, Table 3), in place.
 
     streams: the modalities of `target` to initialize, all if None. A modality that the source does
-    not have takes the blocks of the one it has, and its own patch embedding stays fresh.
+    not have takes the blocks of the one it has, and its own patch embedding stays fresh. MBT has no
+    norm but its last: those between an encoder's stages are left behind.
     Returns two lists to print: what was taken, which parameters stayed fresh. UserError if sizes
     differ.
     """
@@ -927,6 +928,8 @@ def read_foreign(path):
     if it is neither safetensors (told by the suffix) nor Flax's, or damaged."""
     try:
         return read_safetensors(path) if str(path).endswith(".safetensors") else read_flax(path)
+    except ImportError as error:
+        raise UserError(f"to read {path}, install {error.name}") from None
     except Exception as error:  # whatever a parser makes of damaged bytes
         raise UserError(
             f"{path} is neither a checkpoint of ours, nor an intact one of safetensors or Flax "

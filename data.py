@@ -986,7 +986,8 @@ class Clips(Dataset):
 
             if len(bad) >= 1000 or (self.augment and len(bad) == len(self)):
                 raise UserError(
-                    f"none of {len(bad)} clips can be read; the first: {bad[0][0]}: {bad[0][1]}. "
+                    f"none of the {len(bad)} clips tried can be read; the first: {bad[0][0]}: "
+                    f"{bad[0][1]}. "
                     "Run python data.py check on the folder")
         return {"index": wanted, "bad": bad}
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 import avmae
 import data
 import train_pretrain
-from train_pretrain import CLIP, DATA, RUN, Log, Run, learning_rate, modalities_of, window_of
+from train_pretrain import (
+    CLIP, DATA, FOREIGN, RUN, Log, Run, learning_rate, modalities_of, window_of)
 
 # ---------------------------------------------------------------------------------------------
 # Settings by group, as name: (default, what it is). A preset overrides a default, a flag a preset.
@@ -57,7 +58,7 @@ FINETUNE_ONLY = {
     "predict": ("", "with --eval: print the labels of this video file"),
     "embed": ("", "with --eval: write the features of all clips of --data to this npz"),
 }
-TWICE = {  # the same window as in pretraining, twice as many frames
+TWICE = {  # other defaults of CLIP: the same 2.56 s in twice as many frames
     "frames": (32, "video frames of a clip"),
     "frame_step": (0.08, "seconds between frames; stride 2 at 25 frames/s"),
 }
@@ -65,7 +66,7 @@ GROUPS = {
     "data": DATA | FINETUNE_ONLY, "clips": CLIP | TWICE, "model": MODEL, "recipe": RECIPE,
     "run": RUN}
 
-VGGSOUND = data.Augment(
+VGGSOUND = data.Augment(  # masks: how many, widest
     jitter=(0.9, 1.33), color=True, frequency_masks=(1, 48), time_masks=(4, 48))
 AUGMENT = {
     "none": data.Augment(flip=False),
@@ -296,8 +297,8 @@ def ranking_metrics(logits, target):
 
 def load_classifier(path, run, num_classes=(), names=()):
     """A finetuned model, and what else is in its file. UserError if it knows other classes."""
-    saved = avmae.load_checkpoint(path, encoder="shared")
-    model = avmae.load_model(path, encoder="shared")
+    saved = avmae.load_checkpoint(path, **FOREIGN)
+    model = avmae.load_model(path, **FOREIGN)
     for note in model.notes:
         run.print(f"{path}: {note}")
 
@@ -319,7 +320,7 @@ def make_classifier(args, run, task, num_classes):
     for given in args.init:
         named = "=" in given and not os.path.exists(given)  # a path may have one, too
         stream, path = given.split("=", 1) if named else (None, given)
-        source = avmae.load_model(path, encoder="shared")
+        source = avmae.load_model(path, **FOREIGN)
         if not isinstance(source, avmae.AVMAE):
             raise data.UserError(f"{path} is a finetuned model: --init takes pretrained ones")
 
@@ -469,7 +470,7 @@ if __name__ == "__main__":
     run = Run(args)
 
     if args.embed:
-        embed(avmae.load_model(args.eval, encoder="shared"), run)
+        embed(avmae.load_model(args.eval, **FOREIGN), run)
         run.end()
     if args.predict:
         model, saved = load_classifier(args.eval, run)
@@ -481,7 +482,7 @@ if __name__ == "__main__":
 
     torch.manual_seed(args.seed)
     train, test, task, names = clips_of(args)
-    num_classes = (97, 300) if task == "epic" else (len(names),)
+    num_classes = (97, 300) if task == "epic" else (len(names),)  # 97 verbs, 300 nouns
     if args.eval:
         model, _ = load_classifier(args.eval, run, num_classes, names)
     else:
@@ -508,17 +509,19 @@ if __name__ == "__main__":
 
     warmup = args.warmup * steps_per_epoch
     peak = args.lr * args.batch / PRESETS[args.preset].get("batch", RECIPE["batch"][0])
-    alpha = args.mixup[{("audio",): 0, ("video",): 1}.get(args.modalities, 2)]  # 2: both
+    audio_alpha, video_alpha, both_alpha = args.mixup
+    alpha = {("audio",): audio_alpha, ("video",): video_alpha}.get(args.modalities, both_alpha)
     kind = "sigmoid" if task == "many" else "softmax"
     heads = num_classes if task == "epic" else None
 
     def look(best):
         """Tests; keeps the model in best.pt if it is the best so far -> the best.
 
-        There is no third split: best.pt is chosen on the test clips, results.json is of the last.
+        There is no third split: best.pt is chosen on the test clips. results.json, which `test_all`
+        writes, stays that of the last model.
         """
         metrics = test_all(model, test, run, task, names)
-        metric = next(iter(metrics.values()))
+        metric = next(iter(metrics.values()))  # the main one
         log.write({"step": log.done, "held_out": metrics})
 
         if metric > best and not args.eval:
@@ -538,10 +541,11 @@ if __name__ == "__main__":
             inputs = {m: batch[m] for m in model.config.modalities}  # {m: (micro, T, ...)}
             target = targets_of(task, batch["label"], num_classes)  # (micro, C)
             seeds = args.seed, step, (run.rank * run.local + k) // run.micro
-            inputs, labels = mixed(inputs, target, alpha, *seeds)  # with clips of the same pass
+            # With clips of the same pass; each modality has a weight, so labels of its own.
+            inputs, labels = mixed(inputs, target, alpha, *seeds)  # {m: ...}, {m: (micro, C)}
             index.append(batch["index"])
 
-            with run.exchange(net, last=k + run.micro == run.local):
+            with run.exchange(net, last=k + run.micro == run.local):  # DDP's no_sync, but for it
                 with run.autocast():
                     logits = net(inputs)  # {m: (micro, C)}
                 loss = classification_loss(logits, labels, kind, args.smoothing, heads)
@@ -552,13 +556,13 @@ if __name__ == "__main__":
         rate = learning_rate(step, peak, warmup, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * rate
-        optimizer.found_inf = (~norm.isfinite()).float()  # at 1, a fused step is skipped
+        optimizer.found_inf = (~norm.isfinite()).float()  # GradScaler's switch: at 1, no step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         if log.note(step, total[None], norm, torch.cat(index)):  # every --log-every steps
             log.report(rate)
-            if log.passed_epochs(args.eval_every):  # a multiple of so many
+            if log.passed_epochs(args.eval_every):  # but for the last, which the end looks at
                 best = look(best)
             if log.should_save():
                 run.save(
@@ -568,7 +572,7 @@ if __name__ == "__main__":
                 log.end_stopped()
 
     # -----------------------------------------------------------------------------------------
-    # How well it classifies: every run ends here, one of no steps, too
+    # How well it classifies: a run that was not stopped ends here, one of no steps, too
 
     look(best)
     log.curves()

@@ -32,10 +32,11 @@ import avmae
 import data
 
 # ---------------------------------------------------------------------------------------------
-# Settings by group, as name: (default, what it is). A preset overrides a default, a flag a preset.
+# Settings by group, as name: (default, what it is). A preset overrides a default, a flag a preset;
+# without --preset it is demo's, which overrides most of them.
 
 DATA = {  # of both scripts; may change on resume
-    "data": ("", "folder of video files, or one file; none: the built-in clips"),
+    "data": ("", "folder of video files, or one file; none: the built-in clips (preset demo)"),
     "annotations": ("", "annotation file that lists the clips of --data to use"),
     "allow_outside": (False, "let annotations name files that are not below --data"),
 }
@@ -65,7 +66,7 @@ MODEL = {  # fixed for a run
 RECIPE = {  # fixed for a run
     "clips": (4096, "number of built-in clips, and of those of a dry run without --data"),
     "fraction": (1.0, "share of the training clips to use (Table 17)"),
-    "repeat": (1, "rows of a batch that share a decoded clip, each with its own crop and masks"),
+    "repeat": (1, "rows of a batch that share a clip read once, each with its own crop and masks"),
     "epochs": (400, "each has as many rows as there are clips (Table 5)"),
     "batch": (512, "clips a step, over all processes"),
     "lr": (1.5e-4, "peak learning rate for a batch of 256"),
@@ -73,7 +74,7 @@ RECIPE = {  # fixed for a run
     "seed": (0, "of weights, order, crops and masks"),
 }
 RUN = {  # of both scripts; may change on resume
-    "out": ("", "folder of the run; none: runs/PRESET"),
+    "out": ("", "folder of the run; none: runs/PRESET, runs/finetune[-PRESET], runs/eval"),
     "micro_batch": (0, "clips a forward pass of a process; 0: all of its share at once"),
     "log_every": (20, "steps between lines of the log"),
     "eval_every": (10.0, "epochs between evaluations"),
@@ -93,7 +94,7 @@ PRETRAIN_ONLY = {
 GROUPS = {
     "data": DATA | PRETRAIN_ONLY, "clips": CLIP, "model": MODEL, "recipe": RECIPE, "run": RUN}
 
-PRESETS = {  # vggsound and audioset: Table 20 and the released configs; the paper's best is mid
+PRESETS = {  # Table 20 and the released configs, whose vggsound is separate; the best is mid
     "demo": dict(
         size="demo", frames=8, frame_step=0.32, image=32, tubelet=(2, 8, 8), seconds=2.56, mels=32,
         norm=(-0.5, 0.41, 1.5, 1.4), mask_video=0.6, mask_audio=0.5, epochs=10, batch=32,
@@ -107,6 +108,7 @@ CHOICES = {
     "encoder": tuple(avmae.PLANS), "decoder": tuple(avmae.PLANS), "objective": tuple(avmae.CONTEXT),
     "modalities": tuple(avmae.MODALITIES), "size": tuple(SIZES), "device": ("cuda", "mps", "cpu")}
 
+FOREIGN = {"encoder": "shared"}  # for a foreign checkpoint alone, which does not say it
 WEIGHT_DECAY = 0.05  # as released; Table 20 prints 0
 HELD_OUT = 256  # built-in clips
 EVAL_BATCH = 16  # clips; fixed, so that held-out errors don't depend on the processes
@@ -120,36 +122,44 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(about, groups, presets, choices, argv=None):
-    """The settings of a command line, a namespace with tuples for lists.
-
-    With --eval the checkpoint's settings are the defaults, but for those of the run and, if --data
-    is given, of the data.
-    """
+    """The settings of a command line, a namespace with tuples for lists."""
+    defaults = defaults_of(presets, argv)
     parser = Parser(
-        usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]", description=about,
+        usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]", description=about, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--preset", default="demo", choices=presets, help="recipe of a data set [demo]")
+        "--preset", default=defaults["preset"], choices=presets, help="recipe of a data set [demo]")
 
     for title, settings in groups.items():
         group = parser.add_argument_group(title)
         for name, (default, text) in settings.items():
-            shown = "" if default in ("", (), False) else f" [{default}]"
+            used = defaults.get(name, default)
+            shown = "" if used in ("", (), False) else f" [{used}]"
             group.add_argument(
-                "--" + name.replace("_", "-"), default=default, help=text + shown,
+                "--" + name.replace("_", "-"), default=used, help=text + shown,
                 **kind_of(name, default, choices))
-
-    known, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**presets[known.preset])
-    if known.eval:
-        saved = avmae.load_checkpoint(known.eval, encoder="shared").get("settings", {})
-        own = {*RUN, "init"} | ({*DATA, "val", "val_annotations"} if known.data else set())
-        parser.set_defaults(**{k: v for k, v in saved.items() if k not in own})
 
     args = vars(parser.parse_args(argv))
     args["modalities"] = [m for m in avmae.MODALITIES if m in args["modalities"]]  # in any order
     return argparse.Namespace(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
+
+
+def defaults_of(presets, argv):
+    """What a preset says or, with --eval, the checkpoint: all of its settings but those of the run
+    and, if --data is given, of the data."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="demo", choices=presets)
+    first.add_argument("--eval")
+    first.add_argument("--data")
+    known, _ = first.parse_known_args(argv)
+
+    defaults = {"preset": known.preset} | presets[known.preset]
+    if known.eval:
+        saved = avmae.load_checkpoint(known.eval, **FOREIGN).get("settings", {})
+        own = {*RUN, "init"} | ({*DATA, "val", "val_annotations"} if known.data else set())
+        defaults |= {k: v for k, v in saved.items() if k not in own}
+    return defaults
 
 
 def kind_of(name, default, choices):
@@ -260,7 +270,7 @@ def name_of(pair):
 @torch.no_grad()
 def evaluate(model, clips, run):
     """Held-out errors {(t, c): (error, error with another clip's other modality or None)}, each
-    the mean of Eq. 1 over clips, with the same targets and masks."""
+    the mean of Eq. 1 over clips, with the same targets and masks; and how many clips were read."""
     model.eval()
     batches = data.in_order(len(clips), EVAL_BATCH, run.rank, run.world)
     pairs = [pair for p in model.config.passes for pair in p.items()]
@@ -282,12 +292,11 @@ def evaluate(model, clips, run):
 
     model.train()
     sums = run.sum(sums)
-    if not sums[:, 0, 1].all():
-        raise data.UserError("none of the held-out clips can be read")
-    means = (sums[..., 0] / sums[..., 1]).tolist()
-    return {
+    read, means = int(sums[0, 0, 1]), (sums[..., 0] / sums[..., 1]).tolist()
+    errors = {
         pair: (own, None if math.isnan(swapped) else swapped)
         for pair, (own, swapped) in zip(pairs, means)}
+    return errors if read else {}, read
 
 
 @torch.no_grad()
@@ -628,7 +637,8 @@ class Log:
     def __init__(self, run, clips, loader, names, start, steps, steps_per_epoch):
         self.run, self.clips, self.loader, self.names = run, clips, loader, names
         self.start, self.steps, self.steps_per_epoch = start, steps, steps_per_epoch
-        self.done, self.history, self.streak, self.saved = start, [], 0, time.monotonic()
+        self.done, self.history, self.saved = start, [], time.monotonic()
+        self.streak = self.longest = 0  # of steps in a row that were not finite
 
         self.stop, self.signals = False, []  # a report turns one process's signal into all's stop
         for number in signal.SIGTERM, signal.SIGINT:
@@ -699,6 +709,7 @@ class Log:
         """Names the steps since the last report that were not finite, with their clips."""
         for (step, _, index), row in zip(self.history, values.tolist()):
             self.streak = 0 if math.isfinite(row[-1]) else self.streak + 1
+            self.longest = max(self.longest, self.streak)
             if self.streak:
                 wrong = [n for n, x in zip(self.names, row) if not math.isfinite(x)]
                 clips = ", ".join(self.clips.name(i) for i in index.tolist())
@@ -709,9 +720,9 @@ class Log:
     def check(self, drawn, unreadable):
         """UserError if steps in a row were not finite, or too many clips cannot be read."""
         out, largest = self.run.out, self.run.args.max_bad
-        if self.streak >= 3:
+        if self.longest >= 3:
             raise data.UserError(
-                f"{self.streak} steps in a row were not finite: {out / 'last.pt'} is from before "
+                f"{self.longest} steps in a row were not finite: {out / 'last.pt'} is from before "
                 "them; lower --lr")
 
         enough = drawn >= min(len(self.clips), 1000)
@@ -791,7 +802,7 @@ def start_from(model, path, run, **assume):
         model.load_state_dict(initial.state_dict())
     except RuntimeError as error:
         raise data.UserError(
-            f"{path} is another architecture: {str(error).splitlines()[1].strip()}") from None
+            f"{path} is another architecture: {str(error).splitlines()[1].strip()[:200]}") from None
 
 
 def masks_of(model, args, step, rows):
@@ -854,22 +865,23 @@ if __name__ == "__main__":
 
     def look():
         """Held-out errors to the log, and pictures of four clips."""
-        errors = evaluate(model, held_out, run)
+        errors, read = evaluate(model, held_out, run)
         figures = {name_of(pair): error for pair, (error, _) in errors.items()}
         log.write({"step": log.done, "held_out": figures})
-        run.print("held out: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        said = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
+        run.print(f"held out: {said or 'no clip can be read'}")
 
         count = len(held_out)  # a key of a clip is (pass, clip, draw)
-        few = [(0, 5 * i % count, 0) for i in range(min(4, count))]  # of four different things
+        few = [(0, i, 0) for i in range(0, count, 5 if count > 15 else 1)][:4]  # 5: things differ
         for batch in run.load(held_out, [few]) if run.rank == 0 else ():
             (run.out / "pictures").mkdir(exist_ok=True)
             draw(model, batch, run.out / "pictures" / f"{log.done:07d}")
-        return errors
+        return errors, read
 
     # -----------------------------------------------------------------------------------------
     # The loop
 
-    batches = iter(loader)
+    batches = iter(loader)  # this process's clips, --micro-batch at a time
     rows = slice(run.rank * run.local, (run.rank + 1) * run.local)
 
     for step in log.count_steps():
@@ -881,7 +893,7 @@ if __name__ == "__main__":
             inputs = {m: batch[m] for m in model.config.modalities}  # {m: (micro, T, ...)}
             index.append(batch["index"])
 
-            with run.exchange(net, last=k + run.micro == run.local):
+            with run.exchange(net, last=k + run.micro == run.local):  # DDP's no_sync, but for it
                 with run.autocast():
                     out = net(inputs, part_of(ids, k, run.micro))
                 (out.loss * run.micro / run.local).backward()
@@ -889,7 +901,7 @@ if __name__ == "__main__":
             losses = losses + parts * run.micro / run.local
 
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.found_inf = (~norm.isfinite()).float()  # at 1, a fused step is skipped
+        optimizer.found_inf = (~norm.isfinite()).float()  # GradScaler's switch: at 1, no step
         rate = learning_rate(step, args.lr * args.batch / 256, warmup, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -898,7 +910,7 @@ if __name__ == "__main__":
 
         if log.note(step, losses, norm, torch.cat(index)):  # every --log-every steps, and the last
             log.report(rate)
-            if log.passed_epochs(args.eval_every):  # a multiple of so many
+            if log.passed_epochs(args.eval_every):  # but for the last, which the end looks at
                 look()
             if log.should_save():
                 run.save(model, "last.pt", optimizer=optimizer.state_dict(), step=log.done)
@@ -906,17 +918,19 @@ if __name__ == "__main__":
                 log.end_stopped()
 
     # -----------------------------------------------------------------------------------------
-    # What it has learned: every run ends here, one of no steps, too
+    # What it has learned: a run that was not stopped ends here, one of no steps, too
 
-    errors = look()
-    if run.rank == 0:
+    (errors, read), results = look(), {}
+    avmae.require(errors or not args.eval, "none of the held-out clips can be read")
+    if run.rank == 0 and errors:
         # The best constant, estimated on the CPU from up to 512 training and 256 held-out clips.
         sample = data.Batches(len(train), min(64, len(train)), args.seed, 0, 8)
         some = data.in_order(min(256, len(held_out)), 16)
         constant = constant_error(
             model.cpu(), run.load(train, sample, "cpu"), run.load(held_out, some, "cpu"))
 
-        results = {"held_out": report(errors, constant), "clips": len(held_out)}
-        run.write("results.json", results)
+        results = report(errors, constant)
+    counts = {"clips": read, "unreadable": len(held_out) - read}
+    run.write("results.json", {"held_out": results} | counts)
     log.curves()
     run.end()

@@ -2,7 +2,7 @@
 # The paper's experiments as commands: bash assets/experiments.sh 1 3 fig4
 #
 # The names are those of tables and figures. Data sets lie in the folders below; every command
-# continues a run that was stopped and ends at once if it is done, so that tables share runs.
+# continues a run that was stopped and only evaluates one that is done, so that tables share runs.
 # RUN says how a script is started, RUN=echo prints the commands only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -207,4 +207,7 @@ table_fig5() {  # reconstructions: runs/fig5/pictures
     python train_pretrain.py --eval runs/b-mid/last.pt --data "${CLIP:-clip.mp4}" --out runs/fig5
 }
 
-for name in "$@"; do table_"${name#table_}"; done
+for name in "$@"; do
+    declare -F "table_$name" > /dev/null || { echo "there is no table or figure $name" >&2; exit 1; }
+    "table_$name"
+done

@@ -967,7 +967,7 @@ def test_evaluation_has_each_clip_once(count, batch, world):
 def test_a_folder_of_bad_files_is_an_error_in_one_sentence(tmp_path, workers):
     (tmp_path / "a.mp4").write_bytes(b"")
     clips = clips_in(tmp_path, augment=Augment())
-    with pytest.raises(UserError, match="^none of 1 clips can be read; the first: a.mp4: cannot "):
+    with pytest.raises(UserError, match="^none of the 1 clips tried can be read; the first: a.mp4: cannot "):
         next(iter(data.Loader(clips, [[(0, 0, 0)]], workers=workers)))
 
 

@@ -358,7 +358,9 @@ def test_evaluation_sees_the_other_modality_swapped(tmp_path):
 
         for count in 17, 1:
             clips = data.Builtin(count, train_pretrain.window_of(args))
-            for error, swapped in train_pretrain.evaluate(model, clips, some).values():
+            errors, read = train_pretrain.evaluate(model, clips, some)
+            assert read == count
+            for error, swapped in errors.values():
                 assert swapped is None if count == 1 else (error != swapped) == matters
 
 
