@@ -533,18 +533,19 @@ if __name__ == "__main__":
 
     batches = iter(loader)
     for step in log.count_steps():
-        torch.manual_seed((args.seed * 1_000_003 + step) * run.world + run.rank)  # of DropPath
         total, index = 0, []
 
         for k in range(0, run.local, run.micro):
             batch = next(batches)
             inputs = {m: batch[m] for m in model.config.modalities}  # {m: (micro, T, ...)}
             target = targets_of(task, batch["label"], num_classes)  # (micro, C)
-            seeds = args.seed, step, (run.rank * run.local + k) // run.micro
-            # With clips of the same pass; each modality has a weight, so labels of its own.
-            inputs, labels = mixed(inputs, target, alpha, *seeds)  # {m: ...}, {m: (micro, C)}
+            part = (run.rank * run.local + k) // run.micro  # of the global batch
+            # With clips of the same pass; each modality has a weight, so labels {m: (micro, C)}.
+            inputs, labels = mixed(inputs, target, alpha, args.seed, step, part)
             index.append(batch["index"])
 
+            # DropPath's draws; here, since a loader that starts draws from torch, too.
+            torch.manual_seed((args.seed * 1_000_003 + step) * args.batch + part)
             with run.exchange(net, last=k + run.micro == run.local):  # DDP's no_sync, but for it
                 with run.autocast():
                     logits = net(inputs)  # {m: (micro, C)}

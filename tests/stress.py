@@ -117,8 +117,8 @@ def started(script, flags, processes, out):
     return subprocess.Popen(
         [
             sys.executable, *(many if processes > 1 else []), str(ROOT / f"{script}.py"), *flags,
-            "--epochs", "400", "--batch", "8", "--log-every", "1", "--save-every", "0.125",
-            "--eval-every", "0", "--device", "cpu", "--out", str(out)],
+            "--epochs", "400", "--batch", "8", "--log-every", "1", "--save-every", "0",
+            "--eval-every", "400", "--device", "cpu", "--out", str(out)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -149,7 +149,7 @@ def interrupted(case, out, times, rng):
 
 def kills(times=52):
     rng = random.Random(0)
-    pretrain = ["--clips", "64", "--held-out-clips", "16"]
+    pretrain = ["--clips", "64"]
     finetune = ["--per-class", "4", "--test-clips", "16", "--mixup", "0.5", "0.5", "0.5"]
     finetune += ["--drop-path", "0.2"]
     cases = {
