@@ -217,15 +217,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, whole):
 
 
 def test_two_machines_give_the_losses_of_one(tmp_path, whole):
-    """Two agents of torchrun that find each other."""
+    """Two agents of torchrun that find each other; one keeps the store, else both might try."""
     meet = [
         "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
         f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
     agents = [
         subprocess.Popen(
-            command("train_pretrain", *TINY, "--out", tmp_path, torchrun=meet), cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(2)]
+            command(
+                "train_pretrain", *TINY, "--out", tmp_path,
+                torchrun=[*meet, f"--rdzv_conf=is_host={host}"]),
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for host in (1, 0)]
     said = [agent.communicate(timeout=300)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
 
