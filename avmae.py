@@ -10,8 +10,8 @@ Two tables hold the paper's variants: `PLANS` (Fig. 2: how audio and video are f
 and the decoder. Needs torch and einops only: copy this file and it works.
 
 Letters: B clips, N tokens of a modality, V visible and M masked ones (V + M = N), P numbers in a
-patch, D width (D' of the decoder), L layers, S joint layers; m a modality. A target t is decoded
-from its context c: there N is t's and V is c's, so the N - V predicted are t's M only if t = c.
+patch, D width (D' of the decoder), L layers, S joint layers; m a modality. Where a target t is
+decoded from a context c (see CONTEXT), N is of t and V of c; N - V are predicted, M if t = c.
 """
 
 import json
@@ -87,25 +87,25 @@ class Modality:
         return int(self.mask_ratio * self.tokens)
 
     @property
-    def in_patch(self):
-        """The sizes of a patch by their names in the pattern."""
-        return {f"d{axis}": size for axis, size in zip(self.axes, self.patch)}
-
-    @property
     def patch_dim(self):
         """P, the numbers in a patch."""
         return math.prod(self.patch) * self.channels
 
+    @property
+    def sizes(self):
+        """The sizes that the pattern names: {"t": 8, "dt": 2, ...}."""
+        in_patch = {f"d{axis}": size for axis, size in zip(self.axes, self.patch)}
+        return dict(zip(self.axes, self.grid)) | in_patch
+
     def patchify(self, x):
         """Clips (B, T, ...) -> patches (B, N, P), as they are: bytes stay bytes."""
-        frames = self.like(x).grid[0] * self.patch[0]
-        return rearrange(x[:, :frames], self.pattern, **self.in_patch)
+        sizes = self.like(x).sizes
+        return rearrange(x[:, : sizes["t"] * sizes["dt"]], self.pattern, **sizes)
 
     def unpatchify(self, patches):
         """The inverse, for clips of `shape` less what is dropped: (B, N, P) -> (B, T, ...)."""
         clips, cut = self.pattern.split(" -> ")
-        sizes = dict(zip(self.axes, self.grid)) | self.in_patch
-        return rearrange(patches, f"{cut} -> {clips}", **sizes)
+        return rearrange(patches, f"{cut} -> {clips}", **self.sizes)
 
     def normalize(self, patches):
         """Raw patches -> what the model sees and predicts: bytes to [-1, 1], then mean and std."""
@@ -206,7 +206,7 @@ class PatchEmbed(nn.Module):
 
         # The same as a convolution whose stride is its kernel: each patch is projected on its own.
         self.proj = nn.Linear(modality.patch_dim, width)
-        std = modality.patch_dim**-0.5 / 0.8796  # LeCun's; 0.8796 is left when it is cut at 2 std
+        std = modality.patch_dim**-0.5 / 0.8796  # LeCun's; a normal cut at 2 std has 0.8796 of it
         nn.init.trunc_normal_(self.proj.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.proj.bias)
 
@@ -355,16 +355,13 @@ class Fusion(nn.Module):
                 x, lengths = pack(list(tokens.values()), "b * d")  # (B, all N, D)
                 tokens = dict(zip(tokens, unpack(stage["all"](x), lengths, "b * d")))
             else:  # a pass for each modality
-                stack = {m: stage[m if how == "separate" else "all"] for m in tokens}
-                tokens = {m: stack[m](x) for m, x in tokens.items()}
+                tokens = {m: stage[m if m in stage else "all"](x) for m, x in tokens.items()}
 
         return tokens
 
     def stacks(self, modality):
         """The stacks that a modality's tokens go through, first to last (for transfer)."""
-        return [
-            stage[modality if how == "separate" else "all"]
-            for (how, _), stage in zip(self.plan, self.stages)]
+        return [stage[modality if modality in stage else "all"] for stage in self.stages]
 
     def path(self, modality):
         """The blocks that a modality's tokens go through, first to last."""
@@ -401,6 +398,13 @@ class PretrainConfig:
     norm_pix: bool = False  # targets to zero mean and unit variance, per patch
     modality_embed: bool = False  # learned, added to all tokens of a modality (off in the release)
     allow_uncoupled: bool = False  # separate encoder, separate decoder: the baseline of Table 10
+
+    @property
+    def passes(self):
+        """The decoder passes of the objective, with the modalities that there are."""
+        return [
+            {t: c for t, c in pairs.items() if t in self.modalities}
+            for pairs in CONTEXT[self.objective]]
 
     def __post_init__(self):
         require(
@@ -444,13 +448,6 @@ class PretrainConfig:
             f"inpainting puts the {visible} visible {context} tokens at the start of the {target} "
             f"sequence, which has only {length} places: mask more {context}")
 
-    @property
-    def passes(self):
-        """The decoder passes of the objective, with the modalities that there are."""
-        return [
-            {t: c for t, c in pairs.items() if t in self.modalities}
-            for pairs in CONTEXT[self.objective]]
-
 
 class Output(NamedTuple):
     """What AVMAE returns; dicts by (target, context) have an entry for each reconstruction."""
@@ -468,7 +465,7 @@ class Reconstruction(NamedTuple):
 
     original: torch.Tensor
     visible: torch.Tensor  # what the encoder saw of it, NaN elsewhere
-    rebuilt: torch.Tensor  # original with its gaps predicted; from another modality: NaN elsewhere
+    rebuilt: torch.Tensor  # what is predicted, the rest from the original if t = c, else NaN
 
 
 def random_masking(modalities, batch, generator=None, rows=slice(None)):
@@ -523,23 +520,26 @@ class AVMAE(nn.Module):
         ids: (ids_keep, ids_mask) as `random_masking` makes them, on the inputs' device; drawn
         here if not given (with torch.compile, the same seed draws others).
         """
-        patches = self.patchify(inputs)                     # {m: (B, N, P)}
-        ids_keep, ids_mask = ids or self.draw_ids(inputs)   # {m: (B, V)}, {m: (B, M)}
+        patches = self.patchify(inputs)                           # {m: (B, N, P)}
+        ids = ids or self.draw_ids(inputs)
+        ids_keep, ids_mask = ids                                  # {m: (B, V)}, {m: (B, M)}
 
-        latent = self.forward_encoder(patches, ids_keep)    # {m: (B, V, D)}
+        latent = self.forward_encoder(patches, ids_keep)          # {m: (B, V, D)}
 
-        losses, preds, ids_pred = {}, {}, {}
-        for pairs in self.config.passes:                    # {t: c}
-            given, hidden = self.decoder_ids(pairs, ids_keep, ids_mask)  # {t: (B, V)}, and the rest
-            pred = self.forward_decoder(latent, pairs, given, hidden)    # {t: (B, N - V, P)}
+        # The joint objective has one pass, in which each modality is decoded from itself: there
+        # ids_given is ids_keep and ids_pred is ids_mask.
+        losses, preds, places = {}, {}, {}
+        for pairs in self.config.passes:                          # {t: c}
+            ids_given, ids_pred = self.decoder_ids(pairs, *ids)   # {t: (B, V)}, {t: (B, N - V)}
+            pred = self.forward_decoder(latent, pairs, ids_given, ids_pred)  # {t: (B, N - V, P)}
 
             for t, c in pairs.items():
-                truth = self.truth(t, patches[t], hidden[t])             # (B, N - V, P)
-                losses[t, c] = F.mse_loss(pred[t], truth)                # Eq. 1
-                preds[t, c], ids_pred[t, c] = pred[t], hidden[t]
+                truth = self.truth(t, patches[t], ids_pred[t])    # (B, N - V, P)
+                losses[t, c] = F.mse_loss(pred[t], truth)         # Eq. 1
+                preds[t, c], places[t, c] = pred[t], ids_pred[t]
 
         loss = 0.5 * sum(losses.values())  # as released: 0.5 for a single target, too
-        return Output(loss, losses, preds, ids_pred, ids_keep, ids_mask)
+        return Output(loss, losses, preds, places, ids_keep, ids_mask)
 
     def patchify(self, inputs):
         """Clips {m: (B, T, ...)} -> raw patches {m: (B, N, P)}, of the modalities given."""
@@ -564,41 +564,42 @@ class AVMAE(nn.Module):
         return self.encoder(tokens)
 
     def decoder_ids(self, pairs, ids_keep, ids_mask):
-        """Where in the sequence of each target the context stands, and what is predicted.
+        """Positions in the sequence of each target: of the tokens that its context gives, and of
+        those that are predicted. {t: (B, V)}, {t: (B, N - V)}
 
         A modality's own tokens return to their places and the gaps are predicted. Tokens of another
         modality have no place in it: they take the first V, and all the rest is predicted, whether
-        the encoder saw it or not (Fig. 3). The target's own visible tokens don't enter the decoder:
-        what they hold comes in the context, which attended to them in the encoder's joint layers.
+        the encoder saw it or not (Fig. 3). Then the target's own visible tokens don't enter the
+        decoder: what they hold comes in the context, by the encoder's joint layers.
         """
-        ids_context, ids_pred = {}, {}
+        ids_given, ids_pred = {}, {}
         for t, c in pairs.items():
             if t == c:
-                ids_context[t], ids_pred[t] = ids_keep[t], ids_mask[t]
+                ids_given[t], ids_pred[t] = ids_keep[t], ids_mask[t]
                 continue
 
             batch, visible = ids_keep[c].shape
             length = ids_keep[t].shape[1] + ids_mask[t].shape[1]
             places = torch.arange(length, device=ids_keep[c].device).expand(batch, length)
-            ids_context[t], ids_pred[t] = places[:, :visible], places[:, visible:]
+            ids_given[t], ids_pred[t] = places[:, :visible], places[:, visible:]
 
-        return ids_context, ids_pred  # {t: (B, V)}, {t: (B, N - V)}
+        return ids_given, ids_pred
 
-    def forward_decoder(self, latent, pairs, ids_context, ids_pred):
+    def forward_decoder(self, latent, pairs, ids_given, ids_pred):
         """latent {m: (B, V, D)} -> predicted patches {t: (B, N - V, P)}."""
         tokens = {}
         for t, c in pairs.items():
-            pos = self.decoder_pos_embed(ids_context[t].shape[1] + ids_pred[t].shape[1])  # (N, D')
-
-            context = self.decoder_embed[c](latent[c]) + pos[ids_context[t]]  # (B, V, D')
+            pos = self.decoder_pos_embed(ids_given[t].shape[1] + ids_pred[t].shape[1])  # (N, D')
+            context = self.decoder_embed[c](latent[c]) + pos[ids_given[t]]  # (B, V, D')
             masked = self.mask_token[t] + pos[ids_pred[t]]  # (B, N - V, D')
+
             tokens[t] = torch.cat([context, masked], dim=1)  # (B, N, D')
             if self.config.modality_embed:  # of the target, for the whole sequence
                 tokens[t] = tokens[t] + self.decoder_modality_embed[t]
 
         # Each token carries its own position, so that nothing has to be put back in order.
         decoded = self.decoder(tokens)  # {t: (B, N, D')}
-        predicted = {t: x[:, ids_context[t].shape[1] :] for t, x in decoded.items()}
+        predicted = {t: x[:, ids_given[t].shape[1] :] for t, x in decoded.items()}
         return {t: self.decoder_pred[t](x) for t, x in predicted.items()}
 
     def truth(self, modality, patches, ids):
@@ -610,8 +611,8 @@ class AVMAE(nn.Module):
         return patches
 
     def features(self, inputs, pool=True):
-        """Features of whole clips, of each modality of the inputs: {m: (B, D)}, or without pooling
-        its tokens {m: (B, N, D)}."""
+        """Features of whole clips {m: (B, D)}, of each modality of the inputs; the encoder's tokens
+        {m: (B, N, D)} if not `pool`."""
         latent = self.forward_encoder(self.patchify(inputs))
         return {m: x.mean(1) for m, x in latent.items()} if pool else latent
 
@@ -653,8 +654,8 @@ class ClassifierConfig:
     num_joint: int = 2  # S of a mid encoder
     drop_path: float = 0.0  # stochastic depth of the last block
     modality_embed: bool = False
-    num_classes: tuple = (309,)  # of each head; Epic Kitchens has two: verbs, nouns
-    num_segments: int = 1  # logits for so many equal parts of the clip (Table 8: 10)
+    num_classes: tuple = (309,)  # of each head, side by side; Epic Kitchens: verbs, nouns
+    num_segments: int = 1  # parts of a clip with logits of their own; AVE: 10, of 1 s (Table 8)
 
 
 class MBT(nn.Module):
@@ -712,27 +713,30 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         require(config.modalities, "a classifier needs a modality")
+        for m, modality in config.modalities.items():
+            require(
+                modality.grid[0] >= config.num_segments,
+                f"{modality.grid[0]} {m} patches in time are too few for {config.num_segments} "
+                "segments")
 
         self.patch_embed = nn.ModuleDict({
             m: PatchEmbed(modality, config.size.width, config.modality_embed)
             for m, modality in config.modalities.items()})
-        self.trunk = (
-            MBT(config)
-            if config.trunk == "mbt"
-            else Fusion(
-                config.trunk, config.size, config.modalities, config.num_joint, config.drop_path))
+        self.trunk = MBT(config) if config.trunk == "mbt" else Fusion(
+            config.trunk, config.size, config.modalities, config.num_joint, config.drop_path)
         self.head = linear(config.size.width, sum(config.num_classes), nn.init.zeros_)
 
     def forward(self, inputs):
-        """inputs as for AVMAE -> logits {m: (B, C)}, or of each segment {m: (B, segments, C)}.
+        """inputs as for AVMAE -> logits {m: (B, C)}, C the classes of all heads; with segments
+        {m: (B, segments, C)}.
 
         The caller takes their mean over modalities at test time, and the loss of each in training.
         """
         return {m: self.head(x) for m, x in self.features(inputs).items()}
 
     def features(self, inputs, pool=True):
-        """{m: (B, D)} of each modality of the inputs ((B, segments, D) if the model has segments),
-        or without pooling its tokens {m: (B, N, D)}."""
+        """{m: (B, D)} of each modality of the inputs, with segments {m: (B, segments, D)}; the trunk's
+        {m: (B, N, D)} if not `pool`."""
         tokens = {}
         for m, embed in self.patch_embed.items():
             if m in inputs:
@@ -744,8 +748,8 @@ class Classifier(nn.Module):
         return {m: self.pool(m, x, inputs[m].shape[1]) for m, x in tokens.items()}
 
     def pool(self, modality, x, frames):
-        """Mean over tokens, (B, N, D) -> (B, D); with segments over the tokens whose center in time
-        lies in a segment, -> (B, segments, D)."""
+        """Mean over tokens, (B, N, D) -> (B, D); with segments -> (B, segments, D), each over those
+        tokens whose center in time lies in it."""
         segments = self.config.num_segments
         if segments == 1:
             return x.mean(1)
@@ -794,7 +798,7 @@ def transfer(source, target, streams=None):
             for a, b in zip(source.encoder.stacks(origin), target.trunk.stacks(m), strict=True):
                 copy(a.norm, b.norm)
             taken.append(f"{m} norms")
-        elif source.encoder.plan[-1][0] != "separate":  # else a norm for each, and MBT has one
+        elif source.encoder.plan[-1][0] != "separate":  # its last norm is one for all, as MBT's
             copy(source.encoder.stacks(origin)[-1].norm, target.trunk.norm)
             taken.append("final norm")
 
