@@ -18,7 +18,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
 import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
@@ -735,7 +734,7 @@ class Classifier(nn.Module):
         return {m: self.head(x) for m, x in self.features(inputs).items()}
 
     def features(self, inputs, pool=True):
-        """{m: (B, D)} of each modality of the inputs, with segments {m: (B, segments, D)}; the trunk's
+        """{m: (B, D)} of each modality of the inputs, with segments {m: (B, segments, D)}; tokens
         {m: (B, N, D)} if not `pool`."""
         tokens = {}
         for m, embed in self.patch_embed.items():
@@ -834,20 +833,18 @@ def to_dict(config):
 def from_dict(values):
     """The inverse of `to_dict`."""
 
-    def frozen(x):
+    def frozen(x):  # json has no tuples
+        if isinstance(x, dict):
+            return {name: frozen(y) for name, y in x.items()}
         return tuple(map(frozen, x)) if isinstance(x, list) else x
 
-    values = {name: frozen(x) for name, x in values.items()}
-    kind = {"PretrainConfig": PretrainConfig, "ClassifierConfig": ClassifierConfig}[
-        values.pop("kind")]
-
+    values = frozen(values)
+    kind = values.pop("kind")
     for name in {"size", "decoder_size"} & values.keys():
         values[name] = Size(**values[name])
-    values["modalities"] = {
-        m: Modality(**{name: frozen(x) for name, x in modality.items()})
-        for m, modality in values["modalities"].items()}
+    values["modalities"] = {m: Modality(**x) for m, x in values["modalities"].items()}
 
-    return kind(**values)
+    return {"PretrainConfig": PretrainConfig, "ClassifierConfig": ClassifierConfig}[kind](**values)
 
 
 def build(config):
@@ -908,16 +905,21 @@ def load_checkpoint(path, **assume):
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"  # as torch.save writes
 
-        checkpoint = (
-            torch.load(path, map_location="cpu", weights_only=True)
-            if zipped
-            else read_foreign(path))
+        if zipped:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            read = read_safetensors if str(path).endswith(".safetensors") else read_flax
+            checkpoint = read(path)
+
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except ImportError as error:
+        raise UserError(f"to read {path}, install {error.name}") from None
+    except Exception as error:  # whatever a parser makes of damaged bytes
+        why = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{path} is not a checkpoint that can be read safely: "
-            f"{str(error).strip().splitlines()[0]}") from None
+            f"{path} is neither a checkpoint of ours, nor one of torch, safetensors or Flax that "
+            f"can be read safely ({type(error).__name__}: {why})") from None
 
     ours = isinstance(checkpoint, dict) and "config" in checkpoint
     return checkpoint if ours else from_foreign(checkpoint, **assume)
@@ -925,19 +927,6 @@ def load_checkpoint(path, **assume):
 
 # ---------------------------------------------------------------------------------------------
 # Other people's weights, by a table of names for each source
-
-
-def read_foreign(path):
-    """A file that torch.save did not write -> a checkpoint of ours, or tensors by name. UserError
-    if it is neither safetensors (told by the suffix) nor Flax's, or damaged."""
-    try:
-        return read_safetensors(path) if str(path).endswith(".safetensors") else read_flax(path)
-    except ImportError as error:
-        raise UserError(f"to read {path}, install {error.name}") from None
-    except Exception as error:  # whatever a parser makes of damaged bytes
-        raise UserError(
-            f"{path} is neither a checkpoint of ours, nor an intact one of safetensors or Flax "
-            f"({type(error).__name__}: {' '.join(str(error).split())})") from None
 
 
 def read_safetensors(path):
