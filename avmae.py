@@ -555,12 +555,8 @@ class AVMAE(nn.Module):
 
     def forward_encoder(self, patches, ids_keep=None):
         """patches {m: (B, N, P)}, ids_keep {m: (B, V)} or None for all -> latent {m: (B, V, D)}."""
-        tokens = {}
-        for m, x in patches.items():
-            ids = None if ids_keep is None else ids_keep[m]
-            tokens[m] = self.patch_embed[m](x, ids)  # (B, V, D)
-
-        return self.encoder(tokens)
+        ids = ids_keep or dict.fromkeys(patches)
+        return self.encoder({m: self.patch_embed[m](x, ids[m]) for m, x in patches.items()})
 
     def decoder_ids(self, pairs, ids_keep, ids_mask):
         """Positions in the sequence of each target: of the tokens that its context gives, and of
@@ -712,11 +708,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         require(config.modalities, "a classifier needs a modality")
-        for m, modality in config.modalities.items():
-            require(
-                modality.grid[0] >= config.num_segments,
-                f"{modality.grid[0]} {m} patches in time are too few for {config.num_segments} "
-                "segments")
+        require(
+            all(x.grid[0] >= config.num_segments for x in config.modalities.values()),
+            f"{config.num_segments} segments need as many patches in time")
 
         self.patch_embed = nn.ModuleDict({
             m: PatchEmbed(modality, config.size.width, config.modality_embed)
@@ -736,15 +730,11 @@ class Classifier(nn.Module):
     def features(self, inputs, pool=True):
         """{m: (B, D)} of each modality of the inputs, with segments {m: (B, segments, D)}; tokens
         {m: (B, N, D)} if not `pool`."""
-        tokens = {}
-        for m, embed in self.patch_embed.items():
-            if m in inputs:
-                tokens[m] = embed(embed.modality.patchify(inputs[m]))  # (B, N, D)
+        tokens = self.trunk({
+            m: embed(embed.modality.patchify(inputs[m]))  # (B, N, D)
+            for m, embed in self.patch_embed.items() if m in inputs})
 
-        tokens = self.trunk(tokens)
-        if not pool:
-            return tokens
-        return {m: self.pool(m, x, inputs[m].shape[1]) for m, x in tokens.items()}
+        return {m: self.pool(m, x, inputs[m].shape[1]) if pool else x for m, x in tokens.items()}
 
     def pool(self, modality, x, frames):
         """Mean over tokens, (B, N, D) -> (B, D); with segments -> (B, segments, D), each over those
@@ -774,7 +764,8 @@ def transfer(source, target, streams=None):
     Returns two lists to print: what was taken, which parameters stayed fresh. UserError if sizes
     differ.
     """
-    check_transfer(source.config, target.config, streams)
+    size, pretrained = target.config.size, source.config.size
+    require(size == pretrained, f"{pretrained} of the pretrained model must be equal to {size}")
     taken, touched = [], set()
 
     def copy(a, b):
@@ -782,9 +773,14 @@ def transfer(source, target, streams=None):
         b.load_state_dict({name: state[name] for name in b.state_dict()})
         touched.update(map(id, b.parameters()))
 
-    for m in streams or target.config.modalities:
-        origin = m if m in source.config.modalities else next(iter(source.config.modalities))
+    theirs, ours = source.config.modalities, target.config.modalities
+    for m in streams or ours:
+        require(m in ours, f"no stream {m!r}: choose of {', '.join(ours)}")
+        origin = m if m in theirs else next(iter(theirs))
+
         if origin == m:
+            patches = theirs[m].patch, ours[m].patch
+            require(patches[0] == patches[1], f"the two models have {m} patches of {patches}")
             copy(source.patch_embed[m], target.patch_embed[m])
             taken.append(f"{m} patch embedding")
 
@@ -802,20 +798,6 @@ def transfer(source, target, streams=None):
             taken.append("final norm")
 
     return taken, [name for name, p in target.named_parameters() if id(p) not in touched]
-
-
-def check_transfer(source, target, streams):
-    """UserError unless a model of the one config can initialize one of the other."""
-    require(
-        source.size == target.size,
-        f"the pretrained model has {source.size}, this one {target.size}: they must be equal")
-
-    for m in streams or target.modalities:
-        require(
-            m in target.modalities, f"no stream {m!r}: choose of {', '.join(target.modalities)}")
-        patches = {x.modalities[m].patch for x in (source, target) if m in x.modalities}
-        require(
-            len(patches) == 1, f"the two models have {m} patches of {patches}: they must be equal")
 
 
 # =============================================================================================
