@@ -10,8 +10,8 @@ Two tables hold the paper's variants: `PLANS` (Fig. 2: how audio and video are f
 and the decoder. Needs torch and einops only: copy this file and it works.
 
 Letters: B clips, N tokens of a modality, V visible and M masked ones (V + M = N), P numbers in a
-patch, D width (D' of the decoder), L layers, S joint layers; m a modality. Where a target t is
-decoded from a context c (see CONTEXT), N is of t and V of c; N - V are predicted, M if t = c.
+patch, D width (D' of the decoder), L layers, S joint layers; m a modality. A decoder predicts N - V
+tokens of a target t: its M masked ones, or, where V is of another modality, see `decoder_ids`.
 """
 
 import json
@@ -205,7 +205,7 @@ class PatchEmbed(nn.Module):
 
         # The same as a convolution whose stride is its kernel: each patch is projected on its own.
         self.proj = nn.Linear(modality.patch_dim, width)
-        std = modality.patch_dim**-0.5 / 0.8796  # LeCun's; a normal cut at 2 std has 0.8796 of it
+        std = modality.patch_dim**-0.5 / 0.8796  # LeCun's; cut at 2 std, a normal has 0.8796
         nn.init.trunc_normal_(self.proj.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.proj.bias)
 
@@ -314,8 +314,9 @@ class Stack(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # Fusion: the encoders and decoders (Fig. 2, Sec. 3.2 and 3.3)
 
-# As stages (how, depth), for L layers of which S are joint. separate: own weights, own pass.
-# shared: same weights, own pass. joint: same weights, one pass over the concatenated modalities.
+# A plan is a list of stages (how, depth), of L layers in all, S of them joint. How is "separate"
+# (own weights and own pass for each modality), "shared" (same weights, own pass) or "joint" (same
+# weights, one pass over the concatenated modalities).
 PLANS = {
     "early": lambda L, S: [("joint", L)],
     "separate": lambda L, S: [("separate", L)],
@@ -400,7 +401,7 @@ class PretrainConfig:
 
     @property
     def passes(self):
-        """The decoder passes of the objective, with the modalities that there are."""
+        """The decoder passes of the objective, for the targets that there are."""
         return [
             {t: c for t, c in pairs.items() if t in self.modalities}
             for pairs in CONTEXT[self.objective]]
@@ -415,7 +416,7 @@ class PretrainConfig:
             f"objective {self.objective}")
         require(
             self.allow_uncoupled or len(self.modalities) == 1
-            or not self.encoder == self.decoder == "separate",
+            or not (self.encoder == self.decoder == "separate"),
             "a separate encoder with a separate decoder is two uncoupled autoencoders "
             "(Sec. 3.3): choose another decoder, or allow it with --allow-uncoupled")
 
@@ -431,7 +432,7 @@ class PretrainConfig:
                     self.check_inpainting(target, context)
 
     def check_inpainting(self, target, context):
-        """One modality from the other (Sec. 3.4): what that needs."""
+        """What it needs to predict one modality from the other: see `AVMAE.decoder_ids`."""
         require(
             context in self.modalities,
             f"objective {self.objective} predicts one modality from the other and needs both")
@@ -470,9 +471,9 @@ class Reconstruction(NamedTuple):
 def random_masking(modalities, batch, generator=None, rows=slice(None)):
     """Which tokens are visible and which masked: uniformly at random for each clip and modality.
 
-    modalities {m: Modality} -> ids_keep {m: (B, V)}, ids_mask {m: (B, M)}, on the CPU. A process
-    that has only some `rows` of a batch draws for all of it, so that masks are the same on any
-    number of processes.
+    modalities {m: Modality} -> ids_keep {m: (B, V)}, ids_mask {m: (B, M)}, on the CPU. Of several
+    processes each asks for its own `rows` of the batch: masks are drawn for all of it, so that they
+    don't depend on the number of processes.
     """
     ids_keep, ids_mask = {}, {}
     for m, modality in modalities.items():
@@ -501,7 +502,8 @@ class AVMAE(nn.Module):
         # Only what the objective uses exists: video from audio needs no projection of video tokens.
         self.decoder_embed = nn.ModuleDict({c: linear(width, decoder_width) for c in contexts})
         # Mask tokens and the last layer start at zero, as released.
-        self.mask_token = nn.ParameterDict({t: torch.zeros(decoder_width) for t in targets})
+        self.mask_token = nn.ParameterDict(
+            {t: nn.Parameter(torch.zeros(decoder_width)) for t in targets})
         if config.modality_embed:
             self.decoder_modality_embed = nn.ParameterDict(
                 {t: torch.zeros(decoder_width) for t in targets})
@@ -517,28 +519,25 @@ class AVMAE(nn.Module):
         """inputs {video: (B, T, H, W, 3) uint8 or in [-1, 1], audio: (B, T, F)} -> Output.
 
         ids: (ids_keep, ids_mask) as `random_masking` makes them, on the inputs' device; drawn
-        here if not given (with torch.compile, the same seed draws others).
+        here if not given (compiled, a model draws others from the same seed).
         """
-        patches = self.patchify(inputs)                           # {m: (B, N, P)}
+        patches = self.patchify(inputs)                         # {m: (B, N, P)}
         ids = ids or self.draw_ids(inputs)
-        ids_keep, ids_mask = ids                                  # {m: (B, V)}, {m: (B, M)}
+        ids_keep, ids_mask = ids                                # {m: (B, V)}, {m: (B, M)}
 
-        latent = self.forward_encoder(patches, ids_keep)          # {m: (B, V, D)}
+        latent = self.forward_encoder(patches, ids_keep)        # {m: (B, V, D)}
 
-        # The joint objective has one pass, in which each modality is decoded from itself: there
-        # ids_given is ids_keep and ids_pred is ids_mask.
-        losses, preds, places = {}, {}, {}
-        for pairs in self.config.passes:                          # {t: c}
-            ids_given, ids_pred = self.decoder_ids(pairs, *ids)   # {t: (B, V)}, {t: (B, N - V)}
-            pred = self.forward_decoder(latent, pairs, ids_given, ids_pred)  # {t: (B, N - V, P)}
+        losses, preds, ids_preds = {}, {}, {}
+        for pairs in self.config.passes:                        # {t: c}; joint: each from itself
+            pred, ids_pred = self.forward_decoder(latent, pairs, ids)  # (B, N - V, P), (B, N - V)
 
             for t, c in pairs.items():
-                truth = self.truth(t, patches[t], ids_pred[t])    # (B, N - V, P)
-                losses[t, c] = F.mse_loss(pred[t], truth)         # Eq. 1
-                preds[t, c], places[t, c] = pred[t], ids_pred[t]
+                truth = self.truth(t, patches[t], ids_pred[t])  # (B, N - V, P)
+                losses[t, c] = F.mse_loss(pred[t], truth)       # Eq. 1
+                preds[t, c], ids_preds[t, c] = pred[t], ids_pred[t]
 
         loss = 0.5 * sum(losses.values())  # as released: 0.5 for a single target, too
-        return Output(loss, losses, preds, places, ids_keep, ids_mask)
+        return Output(loss, losses, preds, ids_preds, ids_keep, ids_mask)
 
     def patchify(self, inputs):
         """Clips {m: (B, T, ...)} -> raw patches {m: (B, N, P)}, of the modalities given."""
@@ -558,14 +557,34 @@ class AVMAE(nn.Module):
         ids = ids_keep or dict.fromkeys(patches)
         return self.encoder({m: self.patch_embed[m](x, ids[m]) for m, x in patches.items()})
 
-    def decoder_ids(self, pairs, ids_keep, ids_mask):
-        """Positions in the sequence of each target: of the tokens that its context gives, and of
-        those that are predicted. {t: (B, V)}, {t: (B, N - V)}
+    def forward_decoder(self, latent, pairs, ids):
+        """latent {m: (B, V, D)} -> predicted patches {t: (B, N - V, P)}, and where in their target
+        they stand {t: (B, N - V)}."""
+        ids_given, ids_pred = self.decoder_ids(pairs, *ids)
+        tokens = {}
+        for t, c in pairs.items():
+            pos = self.decoder_pos_embed(ids_given[t].shape[1] + ids_pred[t].shape[1])  # (N, D')
+            given = self.decoder_embed[c](latent[c]) + pos[ids_given[t]]  # (B, V, D')
+            masked = self.mask_token[t] + pos[ids_pred[t]]  # (B, N - V, D')
 
-        A modality's own tokens return to their places and the gaps are predicted. Tokens of another
+            tokens[t] = torch.cat([given, masked], dim=1)  # (B, N, D')
+            if self.config.modality_embed:  # of the target, for the whole sequence
+                tokens[t] = tokens[t] + self.decoder_modality_embed[t]
+
+        # Each token carries its own position, so that nothing has to be put back in order.
+        decoded = self.decoder(tokens)  # {t: (B, N, D')}
+        decoded = {t: x[:, ids_given[t].shape[1] :] for t, x in decoded.items()}  # (B, N - V, D')
+        return {t: self.decoder_pred[t](x) for t, x in decoded.items()}, ids_pred
+
+    def decoder_ids(self, pairs, ids_keep, ids_mask):
+        """Where in the sequence of a target the tokens of its context stand, {t: (B, V)}, and those
+        that are predicted, {t: (B, N - V)}.
+
+        A modality's own tokens return to their places and its gaps are predicted. Tokens of another
         modality have no place in it: they take the first V, and all the rest is predicted, whether
         the encoder saw it or not (Fig. 3). Then the target's own visible tokens don't enter the
-        decoder: what they hold comes in the context, by the encoder's joint layers.
+        decoder, what they hold comes in the context, by the encoder's joint layers; and its first V
+        patches are never predicted.
         """
         ids_given, ids_pred = {}, {}
         for t, c in pairs.items():
@@ -575,27 +594,10 @@ class AVMAE(nn.Module):
 
             batch, visible = ids_keep[c].shape
             length = ids_keep[t].shape[1] + ids_mask[t].shape[1]
-            places = torch.arange(length, device=ids_keep[c].device).expand(batch, length)
-            ids_given[t], ids_pred[t] = places[:, :visible], places[:, visible:]
+            in_order = torch.arange(length, device=ids_keep[c].device).expand(batch, length)
+            ids_given[t], ids_pred[t] = in_order[:, :visible], in_order[:, visible:]
 
         return ids_given, ids_pred
-
-    def forward_decoder(self, latent, pairs, ids_given, ids_pred):
-        """latent {m: (B, V, D)} -> predicted patches {t: (B, N - V, P)}."""
-        tokens = {}
-        for t, c in pairs.items():
-            pos = self.decoder_pos_embed(ids_given[t].shape[1] + ids_pred[t].shape[1])  # (N, D')
-            context = self.decoder_embed[c](latent[c]) + pos[ids_given[t]]  # (B, V, D')
-            masked = self.mask_token[t] + pos[ids_pred[t]]  # (B, N - V, D')
-
-            tokens[t] = torch.cat([context, masked], dim=1)  # (B, N, D')
-            if self.config.modality_embed:  # of the target, for the whole sequence
-                tokens[t] = tokens[t] + self.decoder_modality_embed[t]
-
-        # Each token carries its own position, so that nothing has to be put back in order.
-        decoded = self.decoder(tokens)  # {t: (B, N, D')}
-        predicted = {t: x[:, ids_given[t].shape[1] :] for t, x in decoded.items()}
-        return {t: self.decoder_pred[t](x) for t, x in predicted.items()}
 
     def truth(self, modality, patches, ids):
         """What is to be predicted: raw patches (B, N, P) at ids (B, N - V) -> (B, N - V, P)."""
@@ -745,10 +747,10 @@ class Classifier(nn.Module):
 
         patch = self.config.modalities[modality].patch[0]
         x = x.unflatten(1, (frames // patch, -1)).mean(2)  # (B, t, D)
-        center = (torch.arange(x.shape[1], device=x.device) + 0.5) * patch / frames
+        center = (torch.arange(x.shape[1], device=x.device) + 0.5) * patch / frames  # of 1
         segment = F.one_hot((center * segments).long(), segments).to(x)  # (t, segments)
 
-        return segment.T @ x / segment.sum(0)[:, None]
+        return segment.T @ x / segment.sum(0)[:, None]  # the mean of each: (B, segments, D)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -759,8 +761,8 @@ def transfer(source, target, streams=None):
     """Initializes a Classifier from an AVMAE (Sec. 4.1, Table 3), in place.
 
     streams: the modalities of `target` to initialize, all if None. A modality that the source does
-    not have takes the blocks of the one it has, and its own patch embedding stays fresh. MBT has no
-    norm but its last: those between an encoder's stages are left behind.
+    not have takes the blocks of the one it has, and its own patch embedding stays fresh. MBT has
+    one norm for all modalities, the last; of an encoder whose last are separate it takes none.
     Returns two lists to print: what was taken, which parameters stayed fresh. UserError if sizes
     differ.
     """
@@ -770,7 +772,7 @@ def transfer(source, target, streams=None):
 
     def copy(a, b):
         state = a.state_dict()
-        b.load_state_dict({name: state[name] for name in b.state_dict()})
+        b.load_state_dict({name: state[name] for name in b.state_dict()})  # MBT's has less
         touched.update(map(id, b.parameters()))
 
     theirs, ours = source.config.modalities, target.config.modalities
@@ -793,7 +795,7 @@ def transfer(source, target, streams=None):
             for a, b in zip(source.encoder.stacks(origin), target.trunk.stacks(m), strict=True):
                 copy(a.norm, b.norm)
             taken.append(f"{m} norms")
-        elif source.encoder.plan[-1][0] != "separate":  # its last norm is one for all, as MBT's
+        elif source.encoder.plan[-1][0] != "separate":
             copy(source.encoder.stacks(origin)[-1].norm, target.trunk.norm)
             taken.append("final norm")
 

@@ -214,12 +214,11 @@ def test_inpainting_decodes_from_the_other_modality_only():
     latent = model.forward_encoder(model.patchify(x), ids[0])
     latent = {m: y.detach().requires_grad_() for m, y in latent.items()}
     pairs = dict(PAIRS)
-    where = model.decoder_ids(pairs, *ids)
-    preds = model.forward_decoder(latent, pairs, *where)
+    preds, where = model.forward_decoder(latent, pairs, ids)
     for t, c in PAIRS:
         assert depends(preds[t], latent[c]) and not depends(preds[t], latent[t])
         seen = latent[c].shape[1]  # which stand first
-        assert where[1][t].equal(torch.arange(seen, BOTH[t].tokens).expand(3, -1))
+        assert where[t].equal(torch.arange(seen, BOTH[t].tokens).expand(3, -1))
 
 
 def test_joint_inpaint_is_the_sum_of_both():
