@@ -91,20 +91,20 @@ class Modality:
         return math.prod(self.patch) * self.channels
 
     @property
-    def sizes(self):
-        """The sizes that the pattern names: {"t": 8, "dt": 2, ...}."""
+    def lengths(self):
+        """What the letters of the pattern stand for: {"t": 8, "dt": 2, ...}."""
         in_patch = {f"d{axis}": size for axis, size in zip(self.axes, self.patch)}
         return dict(zip(self.axes, self.grid)) | in_patch
 
     def patchify(self, x):
         """Clips (B, T, ...) -> patches (B, N, P), as they are: bytes stay bytes."""
-        sizes = self.like(x).sizes
-        return rearrange(x[:, : sizes["t"] * sizes["dt"]], self.pattern, **sizes)
+        lengths = self.like(x).lengths
+        return rearrange(x[:, : lengths["t"] * lengths["dt"]], self.pattern, **lengths)
 
     def unpatchify(self, patches):
         """The inverse, for clips of `shape` less what is dropped: (B, N, P) -> (B, T, ...)."""
         clips, cut = self.pattern.split(" -> ")
-        return rearrange(patches, f"{cut} -> {clips}", **self.sizes)
+        return rearrange(patches, f"{cut} -> {clips}", **self.lengths)
 
     def normalize(self, patches):
         """Raw patches -> what the model sees and predicts: bytes to [-1, 1], then mean and std."""
