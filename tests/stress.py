@@ -188,7 +188,7 @@ def use_of(pids):
 
 
 def load(clips, count):
-    return data.Loader(clips, data.Batches(len(clips), 20, 0, 0, count // 20), "cpu", 4).loader
+    return data.Loader(clips, data.Batches(len(clips), 20, 0, range(count // 20)), "cpu", 4).loader
 
 
 def memory(count=20_000):

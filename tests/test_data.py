@@ -257,7 +257,7 @@ def test_every_row_of_a_batch_is_of_the_file_that_it_names(tmp_path):
     clips = clips_in(tmp_path, augment=Augment())
     own = {i: clips.read(i)["audio"] for i in grey}
     told = []
-    loader = data.Loader(clips, Batches(12, 6, 0, 0, 2, micro=2), "cpu", 2, told.append)
+    loader = data.Loader(clips, Batches(12, 6, 0, range(2), micro=2), "cpu", 2, told.append)
     for batch in loader:
         assert len(batch["index"]) == 2 and batch.keys() == {"video", "audio", "label", "index"}
         for row, i in enumerate(batch["index"].tolist()):
@@ -763,7 +763,7 @@ def test_held_out_and_fraction(tmp_path):
 
 @pytest.mark.parametrize("count, batch", [(10, 4), (3, 8), (1, 4), (64, 64)])
 def test_every_epoch_has_each_clip_once(count, batch):
-    keys = sum(Batches(count, batch, 5, 0, 3 * count), [])
+    keys = sum(Batches(count, batch, 5, range(3 * count)), [])
     first, second = ([i for e, i, _ in keys if e == epoch] for epoch in range(2))
     assert sorted(first) == sorted(second) == list(range(count))
     assert first != second or count < 10
@@ -771,12 +771,13 @@ def test_every_epoch_has_each_clip_once(count, batch):
 
 
 def test_processes_and_resuming_change_nothing():
-    whole = list(Batches(50, 12, 7, 0, 20))
-    assert list(Batches(50, 12, 7, 13, 20)) == whole[13:]
-    for world in 2, 3, 4:
-        parts = zip(*(Batches(50, 12, 7, 0, 20, rank, world) for rank in range(world)))
+    whole = list(Batches(50, 12, 7, range(20)))
+    assert list(Batches(50, 12, 7, range(13, 20))) == whole[13:]
+    for cuts in (0, 6, 12), (0, 1, 7, 12):
+        rows = [range(*pair) for pair in zip(cuts, cuts[1:])]
+        parts = zip(*(Batches(50, 12, 7, range(20), of_one) for of_one in rows))
         assert [sum(p, []) for p in parts] == whole
-    assert list(Batches(50, 12, 8, 0, 20)) != whole
+    assert list(Batches(50, 12, 8, range(20))) != whole
 
 
 # ----------------------------------------------------------------------------- sound and transforms
@@ -925,7 +926,7 @@ def test_repeated_draws_share_a_window_and_nothing_else(tmp_path, monkeypatch):
         media.write(tmp_path / f"{i}.mp4", seconds=4.0, size=(96, 64))
     strong = Augment(frequency_masks=(1, 16), time_masks=(2, 40), color=True)
     clips = clips_in(tmp_path, augment=strong, seed=2)
-    keys = sum(Batches(3, 4, 0, 0, 6, repeat=2), [])
+    keys = sum(Batches(3, 4, 0, range(6), repeat=2), [])
     assert [k[2] for k in keys] == 12 * [0, 1]
     assert keys[::2] == [(e, i, 0) for e, i, _ in keys[1::2]]
     assert sorted(keys[:12]) == [(e, i, d) for e in range(2) for i in range(3) for d in range(2)]
@@ -945,11 +946,12 @@ def test_repeated_draws_share_a_window_and_nothing_else(tmp_path, monkeypatch):
         assert not one["audio"].equal(two["audio"]) and not one["color"].equal(two["color"])
     assert any(not a["video"].equal(b["video"]) for a, b in zip(together[::2], together[1::2]))
 
-    whole = list(Batches(50, 12, 7, 0, 9, repeat=4))
-    assert list(Batches(50, 12, 7, 5, 9, repeat=4)) == whole[5:]  # a resume
-    halves = [list(Batches(50, 12, 7, 0, 9, rank, 2, 3, 4)) for rank in range(2)]  # 2 micro-batches
+    whole = list(Batches(50, 12, 7, range(9), repeat=4))
+    assert list(Batches(50, 12, 7, range(5, 9), repeat=4)) == whole[5:]  # a resume
+    halves = [  # of two micro-batches each
+        list(Batches(50, 12, 7, range(9), rows, 3, 4)) for rows in (range(6), range(6, 12))]
     assert [sum((h[2 * s] + h[2 * s + 1] for h in halves), []) for s in range(9)] == whole
-    uneven = Batches(50, 12, 7, 0, 9, 0, 2, 4)
+    uneven = Batches(50, 12, 7, range(9), range(6), 4)
     assert len(uneven) == len(list(uneven)) == 18
 
 
