@@ -130,56 +130,48 @@ def log_mel(waveform, mels=128):
 # Reading a file: frames and samples by time
 
 
-class Media:
-    """An open video file, to be used in a `with`. Times are in seconds from the earliest stream's
-    start.
+@contextlib.contextmanager
+def opened(path, modalities=MODALITIES):
+    """A file as `Media`, in a `with`. Whatever goes wrong, on entering or inside, is a ClipError: a
+    file that cannot be opened or decoded, that lacks a stream of `modalities`, or is too slow."""
+    deadline, container = time.monotonic() + TIME_LIMIT, None
+    try:
+        if not os.path.isfile(path):  # a directory or a pipe, which would block
+            raise ClipError("not a file")
 
-    Whatever goes wrong, on entering or inside, is a ClipError: a file that cannot be opened, that
-    lacks a stream of `modalities`, that cannot be decoded, or that is too slow.
-    """
+        container = av.open(
+            os.fspath(path), timeout=TIME_LIMIT, **FOREIGN_TITLES,
+            options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+        with container:
+            yield Media(container, modalities, deadline)
 
-    def __init__(self, path, modalities=MODALITIES):
-        self.path, self.modalities = path, modalities
-        self.deadline = time.monotonic() + TIME_LIMIT
-        self.scaler, self.container = VideoReformatter(), None
-
-    def __enter__(self):
-        try:
-            if not os.path.isfile(self.path):  # a directory or a pipe, which would block
-                raise ClipError("not a file")
-
-            self.container = av.open(
-                os.fspath(self.path), timeout=TIME_LIMIT, **FOREIGN_TITLES,
-                options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
-            self.choose_streams()
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
+    except AV_ERRORS as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        return self
+        what = "decoded" if container else "opened"
+        raise ClipError(f"cannot be {what} ({type(error).__name__})") from error
 
-    def __exit__(self, kind, error, _):
-        what = "decoded" if self.container else "opened"
-        if self.container:
-            self.container.close()
-        if isinstance(error, AV_ERRORS) and getattr(error, "errno", None) != errno.ENOSPC:
-            raise ClipError(f"cannot be {what} ({kind.__name__})") from error
 
-    def choose_streams(self):
-        sounds = [s for s in self.container.streams.audio if s.codec_context]
+class Media:
+    """Pictures and sound of an open file. Times are in s from its earliest stream's start."""
+
+    def __init__(self, container, modalities, deadline):
+        self.container, self.deadline, self.scaler = container, deadline, VideoReformatter()
+        sounds = [s for s in container.streams.audio if s.codec_context]
         pictures = [
-            s for s in self.container.streams.video
+            s for s in container.streams.video
             if s.codec_context and not s.disposition & Disposition.attached_pic]
-        if "video" in self.modalities and not pictures:
+        if "video" in modalities and not pictures:
             raise ClipError("no picture")
-        if "audio" in self.modalities and not sounds:
+        if "audio" in modalities and not sounds:
             raise ClipError("no audio track")
 
         self.video, self.audio = (next(iter(kind), None) for kind in (pictures, sounds))
-        starts = [(s.start_time, s.time_base) for s in pictures[:1] + sounds[:1]]
-        self.origin = min((float(t * unit) for t, unit in starts if t is not None), default=0.0)
+        self.streams = pictures[:1] + sounds[:1]
+        starts = [s.start_time * s.time_base for s in self.streams if s.start_time is not None]
+        self.origin = float(min(starts, default=0))
 
-        if self.video is not None:
-            codec = self.video.codec_context
+        for codec in (s.codec_context for s in pictures[:1]):
             codec.thread_count = 1  # workers share the cores
             # Else the part of a JPEG that cannot be decoded shows what was decoded before it.
             # (Codecs that predict do say `is_corrupt`.)
@@ -196,28 +188,22 @@ class Media:
             end = max((p.pts + (p.duration or 0) for p in packets), default=0)
         return float(end * stream.time_base) - self.origin
 
-    def seek(self, stream, start):
+    def decode(self, stream, start):
+        """(time, frame) of a stream from the last keyframe before `start`."""
+        found = self.decode_from(stream, start, start)
+        first = next(found, (math.inf, None))
+        if first[0] > start + 1e-3:  # an index that lies: decode it all
+            return self.decode_from(stream, -1.0, start)
+        return itertools.chain([first], found)
+
+    def decode_from(self, stream, start, last):
+        """(time, frame) from a keyframe on. Where every packet is a picture of its own, it is the
+        packet, so that only those that are shown get decoded."""
         to = math.floor((start + self.origin) / stream.time_base)
         if stream.start_time is not None:  # AVI and MP3 refuse to seek before it
             to = max(to, stream.start_time)
         self.container.seek(to, stream=stream, backward=True)
 
-    def decode(self, stream, start):
-        """(time, frame) of a stream from the last keyframe before `start`."""
-        self.seek(stream, start)
-        found = self.decode_on(stream, start)
-        first = next(found, None)
-
-        if first is None or first[0] > start + 1e-3:  # an index that lies: decode it all
-            self.seek(stream, -1.0)
-            yield from self.decode_on(stream, start)
-        else:
-            yield first
-            yield from found
-
-    def decode_on(self, stream, last):
-        """(time, frame) from where the file stands. Where every packet is a picture of its own,
-        it is the packet, so that only those that are shown get decoded."""
         intra = stream.type == "video" and stream.codec_context.codec.intra_only
         for frame in self.container.demux(stream) if intra else self.container.decode(stream):
             if time.monotonic() > self.deadline:
@@ -296,7 +282,7 @@ def segment_of(media, start, end, shared=False):
     A segment that reaches beyond a file of about its own length means that the file is already
     cut, unless other rows share it: nobody knows for which of them.
     """
-    length = media.length(media.audio if media.video is None else media.video)
+    length = media.length(media.streams[0])
     if not 0 < length < 1e6:
         raise ClipError(f"its stated length is {length:g} s")
 
@@ -537,7 +523,7 @@ def fraction_of(index, share):
 
 
 # ---------------------------------------------------------------------------------------------
-# Annotation files: what each column of a format means, and one class that reads them all
+# Annotation files: a table of formats and of what their columns mean, which one class interprets
 
 WORDS = {  # what a column means: words of headers, in lower case and without spaces, "_", "/"
     "path": "path file filename fname video", "id": "ytid youtubeid videoid",
@@ -562,6 +548,7 @@ class Format:
 
 
 ID, NUMBER = r"([\w-]+|#NAME\?)", r"\d+(\.\d*)?"
+TIMES = f"{NUMBER}\n{NUMBER}"
 MEDIA_END = "(" + "|".join(map(re.escape, SUFFIXES + SOUND_SUFFIXES)) + ")"
 PLAIN = "path[,start,end][,label...]"
 FORMATS = {
@@ -571,10 +558,10 @@ FORMATS = {
                ("EPIC_100_noun_classes.csv", "noun {id}", "key", 300)),
         files="NARRATION_ID, VIDEO_ID_30000_40000 (ms), VIDEO_ID"),
     "AVE": Format(
-        "ave", "label id quality start end", f".+\n{ID}\n.*\n{NUMBER}\n{NUMBER}",
-        ("label", "start", "end"), files="ID, YID"),
+        "ave", "label id quality start end", f".+\n{ID}\n.*\n{TIMES}", ("label", "start", "end"),
+        files="ID, YID"),
     "AudioSet": Format(
-        "many", "id start end mids", f"{ID}\n{NUMBER}\n{NUMBER}\n/.*", ("mids",),
+        "many", "id start end mids", f"{ID}\n{TIMES}\n/.*", ("mids",),
         (("class_labels_indices.csv", "{mid}", "display_name", 0),), seconds=True),
     "VGGSound": Format(
         "single", "id start label split", f"{ID}\n{NUMBER}\n.+\n(train|test|val.*)", seconds=True),
@@ -592,13 +579,12 @@ def _rows(file):
             ave = re.fullmatch(f"[^&]+&[^&]+&[^&]*&({NUMBER}&{NUMBER}|StartTime&EndTime)", first)
             how = {"delimiter": "&", "quoting": csv.QUOTE_NONE} if ave else {"strict": True}
             lines.seek(0)
-            reader = csv.reader(lines, skipinitialspace=True, **how)
 
+            reader = csv.reader(lines, skipinitialspace=True, **how)
             for row in reader:
                 if reader.line_num > last + 1:
                     raise csv.Error("it ends in a later line")
                 last = reader.line_num
-
                 if row and (row[0] == "#NAME?" or not row[0].startswith("#")):
                     yield last, row
 
@@ -606,10 +592,6 @@ def _rows(file):
         raise UserError(f"{file}, line {last + 1}: a quote that is not closed: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read annotations {file}: {error}") from None
-
-
-def _are_numbers(cells):
-    return len(cells) > 1 and all(re.fullmatch(NUMBER, cell) for cell in cells)
 
 
 def _seconds(text):
@@ -624,23 +606,23 @@ def _ms(seconds):
 
 
 class Listing:
-    """The rows of an annotation file as columns, and why others are not used.
+    """The rows of an annotation file: numbers of their name and label, start and end (N,) in s.
 
-    names: (how a file may be called just so, how with times or without): (narration, id), or
-    (path, path without its suffix). keys: cells of labels. Columns name, label: their numbers.
+    names: how a file may be called just so, and how with times or without: (narration, id), or
+    (path, path without its suffix). keys: cells of labels. unused: {reason: (count, first)}.
     """
 
     def __init__(self, file, split=None):
-        self.file, self.rows, self.unused = file, 0, {}  # {reason: (count, first example)}
-        self.numbers, self.keys, columns = {}, {}, array("d")
+        self.file, self.count, self.unused = file, 0, {}
+        self.names, self.keys, columns = {}, {}, array("d")
         rows = _rows(file)
-        first = next(rows, None)
-        if first is None:
+        line, first = next(rows, (0, ()))
+        if not first:
             raise UserError(f"{file} has no rows")
-        if not self.understand(*first):
-            rows = itertools.chain([first], rows)
+        if not self.understand(f"{file}, line {line}", first):
+            rows = itertools.chain([(line, first)], rows)
 
-        for self.rows, (line, row) in enumerate(rows, start=1):
+        for self.count, (line, row) in enumerate(rows, start=1):
             try:
                 columns.extend(self.read(line, row, split))
             except ClipError as error:
@@ -650,35 +632,33 @@ class Listing:
         self.name, self.label = np.array(numbers, np.int32)
         self.names = [
             (name, re.sub(f"(?i){MEDIA_END}$", "", name)) if self.plain else (narration, name)
-            for narration, name in self.numbers]
+            for narration, name in self.names]
 
     def leave_out(self, reason, example):
         count, first = self.unused.get(reason, (0, example))
         self.unused[reason] = count + 1, first
 
-    def understand(self, line, row):
+    def understand(self, where, row):
         """Sets the format and what the columns mean. -> whether the first row is a header"""
-        roles = [ROLES.get(re.sub(r"[\W_]", "", cell.lower()), "") for cell in row]
-        cells, where, said = "\n".join(row), f"{self.file}, line {line}", ",".join(row)
-
+        roles, cells = [ROLES.get(re.sub(r"[\W_]", "", c.lower()), "") for c in row], "\n".join(row)
         of_row = [k for k, f in FORMATS.items() if re.fullmatch(f.row, cells, re.IGNORECASE)]
         of_header = [k for k, f in FORMATS.items() if {*f.columns.split()} - {"split"} <= {*roles}]
         if not of_row + of_header:
             raise UserError(
                 f"{where} is of no known format ({', '.join(FORMATS)}), nor a header with words "
-                f"like path, start, end, label, split: {said}")
+                f"like path, start, end, label, split: {','.join(row)}")
 
         self.kind = (of_row + of_header)[0]
         self.format, self.plain = FORMATS[self.kind], self.kind == PLAIN
         self.open_end = self.plain and bool(of_row)  # any number of labels may follow
         if of_row:
-            timed = self.plain and _are_numbers(row[1:3])
-            roles = self.format.columns.split() + ["start", "end"] * timed
+            timed = self.plain and re.fullmatch(TIMES, "\n".join(row[1:3]))
+            roles = self.format.columns.split() + (["start", "end"] if timed else [])
 
         once = [role for role in roles if role and role != "label"]
         half = self.plain and ("start" in roles) != ("end" in roles)
         if len(once) > len(set(once)) or {"path", "id"} <= set(roles) or half:
-            raise UserError(f"{where}: a header of more than one meaning: {said}")
+            raise UserError(f"{where}: a header of more than one meaning: {','.join(row)}")
 
         self.roles, self.at = roles, {role: column for column, role in enumerate(roles)}
         self.labels = [c for c, role in enumerate(roles) if role in self.format.labels]
@@ -689,10 +669,10 @@ class Listing:
     def read(self, line, row, split):
         """A row of the split as numbers, or ClipError. Labels of all splits are classes."""
         at, width, start, end = self.at, len(self.roles), math.nan, math.nan
-        name = at.get("id", at.get("path"))
         if len(row) < width or (len(row) > width and not self.open_end):
             raise ClipError(f"with {len(row)} columns, not {width}")
-        if row[name] in ("", "#NAME?"):
+        name = row[at.get("id", at.get("path"))].removeprefix("./")
+        if name in ("", "#NAME?"):
             raise ClipError("without a name")
 
         if "start" in at:
@@ -704,7 +684,7 @@ class Listing:
             if not 0 <= start <= end < math.inf or (start == end and self.format.task != "ave"):
                 raise ClipError("with an end before its start")
 
-        elif self.open_end and _are_numbers(row[1:3]):
+        elif self.open_end and re.fullmatch(TIMES, "\n".join(row[1:3])):
             raise UserError(f"{self.file}, line {line}: times or labels? The first row has no "
                             f"times, this one may have: {','.join(row)}")
 
@@ -714,16 +694,28 @@ class Listing:
         if split and part != split:
             raise ClipError(f"of split {part!r}")
 
-        key = row[at["narration"]] if "narration" in at else "", row[name].removeprefix("./")
-        return self.numbers.setdefault(key, len(self.numbers)), label, start, end
+        key = row[at["narration"]] if "narration" in at else "", name
+        return self.names.setdefault(key, len(self.names)), label, start, end
+
+    def labels_of(self, cells):
+        """Labels by cells: several in one of "labels" or "mids"; of AVE, that of each second."""
+        if self.format.task == "ave":
+            label, start, end = cells
+            return [label if float(start) <= s < float(end) else "background" for s in range(10)]
+
+        names, roles = [], [self.roles[c] for c in self.labels]
+        for cell, role in itertools.zip_longest(cells, roles, fillvalue="label"):
+            parts = cell.split(",") if role in ("labels", "mids") else [cell]
+            before = f"{role} " if role in ("verb", "noun") else ""
+            names += [before + part.strip() for part in parts if part.strip()]
+        return names
 
     def table(self):
         """Labels (U, K) int16 of each distinct key, -1 where there are fewer; the classes."""
-        roles = [self.roles[c] for c in self.labels]
-        given = [_label_names(key, roles, self.format.task) for key in self.keys]
+        given = [self.labels_of(key) for key in self.keys]
         seen = set(itertools.chain.from_iterable(given))
+        number, classes = self.classes(seen) if seen else ({}, ())  # a test file may have none
 
-        number, classes = _classes(self.file, self.format, seen)
         unknown = ", ".join(sorted(seen - set(number))[:3])
         if unknown:
             raise UserError(f"{self.file} has labels that are no classes of {self.kind}: {unknown}")
@@ -733,53 +725,28 @@ class Listing:
             row[: len(labels)] = [number[label] for label in labels]
         return table, classes
 
+    def classes(self, seen):
+        """{label: number}, names of the classes: as published beside the file, or as seen."""
+        file, number, lists = pathlib.Path(self.file), {}, []
+        for name, label, title, count in self.format.lists:
+            rows = [{"id": i, "key": label.format(id=i)} for i in range(count)]
+            if file.with_name(name).exists():
+                with open(file.with_name(name), encoding="utf-8-sig", newline="") as lines:
+                    rows = list(csv.DictReader(lines))
+            if not rows:
+                raise UserError(f"{name} must lie beside {file}")
 
-def _label_names(cells, roles, task):
-    """A row's labels: several in a cell of "labels" or "mids"; of AVE, that of each second."""
-    if task == "ave":
-        label, start, end = cells
-        return [label if float(start) <= s < float(end) else "background" for s in range(10)]
+            number |= {label.format(**row): i for i, row in enumerate(rows)}
+            lists.append(tuple(row[title] for row in rows))
+        if lists:
+            return number, lists[0] if len(lists) == 1 else tuple(lists)
 
-    parts = (
-        (role, part.strip())
-        for cell, role in itertools.zip_longest(cells, roles, fillvalue="label")
-        for part in (cell.split(",") if role in ("labels", "mids") else [cell]))
-    return [f"{role} {p}" if role in ("verb", "noun") else p for role, p in parts if p]
-
-
-def _classes(file, form, seen):
-    """{label of a row: number}, names of the classes: as published beside the file, or as seen."""
-    file, ave, number, lists = pathlib.Path(file), form.task == "ave", {}, []
-    for name, label, title, count in form.lists if seen else ():  # a test file may have no labels
-        rows = [{"id": i, "key": label.format(id=i)} for i in range(count)]
-        if file.with_name(name).exists():
-            with open(file.with_name(name), encoding="utf-8-sig", newline="") as lines:
-                rows = list(csv.DictReader(lines))
-        if not rows:
-            raise UserError(f"{name} must lie beside {file}")
-
-        number |= {label.format(**row): i for i, row in enumerate(rows)}
-        lists.append(tuple(row[title] for row in rows))
-
-    every = file.with_name("Annotations.txt")  # all clips of AVE
-    if ave:
-        lines = every.read_text(encoding="utf-8-sig").splitlines() if every.exists() else []
-        seen = seen | {"background"} | {line.split("&")[0] for line in lines[1:] if line}
-    if not form.lists:
-        lists = [tuple(sorted(seen, key=lambda label: (ave and label == "background", label)))]
-        number = {label: i for i, label in enumerate(lists[0])}
-    return number, lists[0] if len(lists) == 1 else tuple(lists)
-
-
-def _refuse_outside(folder, names):
-    root = os.path.realpath(folder)
-    links = (name for name in names if os.path.islink(os.path.join(root, name)))
-    for name in sorted({os.path.join(os.path.dirname(name), "") for name in names} | set(links)):
-        if not os.path.join(os.path.realpath(os.path.join(root, name)), "").startswith(
-            os.path.join(root, "")):
-            raise UserError(
-                f"a path of the annotations, {name!r}, leads out of {folder}: refused without "
-                "--allow-outside")
+        last, every = [], file.with_name("Annotations.txt")  # all clips of AVE
+        if self.format.task == "ave":
+            lines = every.read_text(encoding="utf-8-sig").splitlines() if every.exists() else []
+            seen, last = seen | {line.split("&")[0] for line in lines[1:] if line}, ["background"]
+        names = *sorted(seen.difference(last)), *last
+        return {label: i for i, label in enumerate(names)}, names
 
 
 TIME = r"_(\d+(?:\.\d+)?)"
@@ -802,6 +769,16 @@ def _meanings(stem, seconds):
         yield start[1], _ms(float(start[2])), None
 
 
+def _refuse_outside(folder, paths):
+    root = pathlib.Path(os.path.realpath(folder))
+    links = {path for path in paths if os.path.islink(root / path)}
+    for name in sorted(links | {os.path.join(os.path.dirname(path), "") for path in paths}):
+        if not pathlib.Path(os.path.realpath(root / name)).is_relative_to(root):
+            raise UserError(
+                f"a path of the annotations, {name!r}, leads out of {folder}: refused without "
+                "--allow-outside")
+
+
 NO_FILE, SEVERAL_FILES, SEVERAL_ROWS = -1, -2, -3
 REASONS = {
     NO_FILE: "without a file", SEVERAL_FILES: "with several files of their name",
@@ -822,12 +799,11 @@ def _find_files(listing, folder, allow_outside, modalities):
     asked, found = set(itertools.chain.from_iterable(listing.names)) - {""}, {}
 
     for n, file in enumerate(files[len(exact) :], start=len(exact)):
-        base = os.path.basename(file)
-        stem = os.path.splitext(base)[0]
-
+        whole, base = os.path.splitext(file)[0], os.path.basename(file)
+        stem = os.path.basename(whole)
         # of plain paths, with its folder or without
-        stems = (base, os.path.splitext(file)[0], stem) if plain else (stem, stem.removeprefix("Y"))
-        for key in (m for s in dict.fromkeys(stems) for m in _meanings(s, listing.format.seconds)):
+        stems = {base, whole, stem} if plain else {stem, stem.removeprefix("Y")}
+        for key in (m for s in stems for m in _meanings(s, listing.format.seconds)):
             if key[0] in asked and found.setdefault(key, n) != n and plain:
                 found[key] = SEVERAL_FILES
     return files, found | exact
@@ -881,7 +857,7 @@ def read_annotations(file, folder, split=None, allow_outside=False, modalities=M
     for k in np.flatnonzero(~used).tolist():
         path, name = listing.names[listing.name[k]]
         listing.leave_out(REASONS[int(number[k])], path if listing.plain else name)
-    said = f"{file}: {used.sum()} of {listing.rows} rows found their file below {folder}" + "".join(
+    said = f"{file}: {used.sum()} of {listing.count} rows found their file below {folder}" + "".join(
         f"; {n} {why} (first: {row})" for why, (n, row) in listing.unused.items())
     if listing.ignored:
         said += f"; columns that mean nothing here: {', '.join(listing.ignored)}"
@@ -993,7 +969,7 @@ class Clips(Dataset):
 
     def read(self, i, epoch=0):
         """The windows of clip i as tensors {m: ...}, before any augmentation."""
-        with Media(self.index.path(i), self.modalities) as media:
+        with opened(self.index.path(i), self.modalities) as media:
             begin, end = segment_of(media, *self.index.segment(i))
             starts = self.starts(i, epoch, begin, end)
             views = [self.cut(media, *pair, begin, end) for pair in starts]
@@ -1329,7 +1305,7 @@ class Check(Dataset):
 
     def warnings(self, i):
         clip, window = self.clips.read(i), self.clips.window
-        with Media(self.index.path(i), self.clips.modalities) as media:
+        with opened(self.index.path(i), self.clips.modalities) as media:
             media.deadline = math.inf
             begin, end = segment_of(media, *self.index.segment(i))
 
@@ -1341,7 +1317,7 @@ class Check(Dataset):
                 yield "still picture"
 
             try:
-                for stream in filter(None, (media.video, media.audio)):
+                for stream in media.streams:
                     for at, frame in media.decode(stream, begin):
                         if at > end:
                             break
@@ -1376,7 +1352,7 @@ class Prepare(Dataset):
         path.parent.mkdir(parents=True, exist_ok=True)
 
         try:
-            with Media(self.index.path(i), ()) as media:
+            with opened(self.index.path(i), ()) as media:
                 media.deadline = math.inf
                 segment = segment_of(media, *self.index.segment(i))
                 with av.open(str(partial), "w", format="matroska") as container:

@@ -32,12 +32,12 @@ def clips_in(folder, *modalities, **how):
 
 
 def frames_at(path, times):
-    with data.Media(path, ("video",)) as m:
+    with data.opened(path, ("video",)) as m:
         return media.times_of(np.stack(list(m.frames(np.array(times), SQUARE))))
 
 
 def sound_of(path, start, stop):
-    with data.Media(path) as m:
+    with data.opened(path) as m:
         return m.samples(start, stop)
 
 
@@ -79,7 +79,7 @@ def test_pictures_that_a_phone_turned_are_put_upright(tmp_path):
         matrix = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 14], np.int32) << 16
         path.write_bytes(content[:at] + matrix.astype(">i4").tobytes() + content[at + 36 :])
 
-        with data.Media(path, ("video",)) as m:
+        with data.opened(path, ("video",)) as m:
             (picture,) = m.frames(np.array([3.5]), lambda height, width: (height, width))
         assert picture.shape == ((48, 64, 3) if turns % 2 == 0 else (64, 48, 3))
         upright.append(np.rot90(picture, -turns).astype(int))  # turned back, all are the same
@@ -109,8 +109,8 @@ def test_sound_that_starts_first_is_in_step_with_the_picture(tmp_path):
 
 
 def test_an_index_that_leads_too_far(tmp_path, monkeypatch):
-    path, seek = media.write(tmp_path / "a.mp4"), data.Media.seek
-    monkeypatch.setattr(data.Media, "seek", lambda m, stream, at: seek(m, stream, at + 1.0))
+    path, decode = media.write(tmp_path / "a.mp4"), data.Media.decode_from
+    monkeypatch.setattr(data.Media, "decode_from", lambda m, s, at, t: decode(m, s, at + 1.0, t))
     assert abs(frames_at(path, [1.5])[0] - 1.48) < 0.03  # 2.5 s leads to the keyframe at 2 s
 
 
@@ -125,7 +125,7 @@ def test_samples_after_a_seek_are_those_of_the_whole(tmp_path):
 def test_sound_that_ends_early_repeats_and_a_gap_is_bad(tmp_path):
     clicks = np.arange(30) / 10
     path = media.write(tmp_path / "a.mp4", audio_seconds=1.5, clicks=clicks)
-    with data.Media(path) as m:
+    with data.opened(path) as m:
         sound = data.read_audio(m, 0.0, 0.0, 4.0, 4.0)
     assert len(sound) == 64_000 and np.abs(sound.reshape(-1, 3200)).max(1).min() > 0.25
     path = media.write(tmp_path / "b.mkv", gap=0.6, clicks=clicks, audio_codec="pcm_s16le")
@@ -142,7 +142,7 @@ def test_sound_that_starts_late_is_missing_before(tmp_path):
 
 def test_windows_wrap_round_the_end(tmp_path):
     path = media.write(tmp_path / "a.mkv", seconds=2.0, clicks=(0.5,), audio_codec="pcm_s16le")
-    with data.Media(path) as m:
+    with data.opened(path) as m:
         shown = media.times_of(data.read_video(m, 1.5, 0.0, 2.0, SMALL, SQUARE))
         sound = data.read_audio(m, 1.5, 0.0, 2.0, 4.0)
     expected = np.floor(((1.5 + np.arange(8) * 0.16) % 2.0) * 25 + 1e-3) / 25
@@ -186,7 +186,7 @@ def test_segments_are_cut(tmp_path):
     for epoch in range(4):
         shown = media.times_of(Clips(index, SMALL, augment=Augment())[epoch, 0, 0]["video"])
         assert shown.min() > 2.9 and shown.max() < 5.05
-    with data.Media(index.path(0)) as m:
+    with data.opened(index.path(0)) as m:
         assert data.segment_of(m, 3.0, 5.0) == (3.0, 5.0)
         start, end = data.segment_of(m, 6.0, 9.0)
         assert start == 6.0 and abs(end - 8.0) < 0.1
@@ -334,7 +334,7 @@ def test_a_damaged_jpeg_in_a_prepared_clip_is_bad(tmp_path):
 
 def test_a_picture_that_ends_early_is_bad_where_it_is_missing(tmp_path):
     path = media.write(tmp_path / "a.mkv", seconds=3.0, audio_codec="pcm_s16le", audio_seconds=8.0)
-    with data.Media(path) as m:
+    with data.opened(path) as m:
         with pytest.raises(data.ClipError, match="the picture ends at"):
             list(m.frames(np.array([1.0, 6.0]), SQUARE))
         assert len(list(m.frames(np.array([1.0, 2.9]), SQUARE))) == 2
@@ -405,7 +405,7 @@ def test_prepared_clips_show_the_same(tmp_path):
     assert len(made) == 1
 
     window = Window(frames=8, step=0.16, size=224, seconds=4.0)
-    with data.Media(raw) as old, data.Media(target / "cat" / "a.mkv") as new:
+    with data.opened(raw) as old, data.opened(target / "cat" / "a.mkv") as new:
         assert (new.video.height, new.video.width) == (256, 456)
         for start in 0.0, 0.48, 2.4:
             shown = [
@@ -717,7 +717,7 @@ def test_sound_files_are_clips_where_sound_is_asked_for(tmp_path):
     index = data.find_clips(tmp_path, ("audio",))
     assert len(index) == 5 and index.classes == ("bell",)
     for i in range(5):
-        with data.Media(index.path(i), ("audio",)) as m:
+        with data.opened(index.path(i), ("audio",)) as m:
             assert np.abs(media.clicks_of(m.samples(0.0, 4.0)) - [1.0, 2.5]).max() < 0.03
         clip = Clips(index, SMALL, ("audio",), Augment())[0, i, 0]
         assert clip["audio"].shape == (128, 32) and not clip["bad"] and "video" not in clip
