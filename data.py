@@ -170,6 +170,8 @@ class Media:
         self.streams = pictures[:1] + sounds[:1]
         starts = [s.start_time * s.time_base for s in self.streams if s.start_time is not None]
         self.origin = float(min(starts, default=0))
+        if not self.streams:
+            raise ClipError("neither picture nor sound")
 
         for codec in (s.codec_context for s in pictures[:1]):
             codec.thread_count = 1  # workers share the cores
@@ -1286,15 +1288,12 @@ class Builtin(torch.utils.data.Dataset):
 # python data.py check, python data.py prepare
 
 
-class Check(Dataset):
+@dataclass
+class Check:
     """(verdict, reason, 0) of each clip: "bad" as training says, "warning" if it is used all the
     same."""
 
-    def __init__(self, clips):
-        self.clips, self.index = clips, clips.index
-
-    def __len__(self):
-        return len(self.index)
+    clips: Clips
 
     def __getitem__(self, i):
         try:
@@ -1304,10 +1303,10 @@ class Check(Dataset):
         return "warning" if warnings else "", warnings, 0
 
     def warnings(self, i):
-        clip, window = self.clips.read(i), self.clips.window
-        with opened(self.index.path(i), self.clips.modalities) as media:
+        clip, window, index = self.clips.read(i), self.clips.window, self.clips.index
+        with opened(index.path(i), self.clips.modalities) as media:
             media.deadline = math.inf
-            begin, end = segment_of(media, *self.index.segment(i))
+            begin, end = segment_of(media, *index.segment(i))
 
             if end - begin < max(window.video_seconds, window.seconds) - 1e-3:
                 yield f"shorter than a window ({end - begin:.2f} s)"
@@ -1334,15 +1333,14 @@ PREPARED_SIDE = 256  # short side, pixels
 QUALITY = 5  # JPEG quantizer, 2 (best) to 31: what one core still reads 50 clips/s of
 
 
-class Prepare(Dataset):
+@dataclass
+class Prepare:
     """Re-encodes each clip of an Index: frames as JPEG, sound as 16 kHz PCM.
     -> ("bad" or "", reason, bytes)"""
 
-    def __init__(self, index, target, quality=QUALITY):
-        self.index, self.target, self.quality = index, pathlib.Path(target), quality
-
-    def __len__(self):
-        return len(self.index)
+    index: Index
+    target: str
+    quality: int = QUALITY
 
     def __getitem__(self, i):
         path = self.path(i)
@@ -1372,67 +1370,59 @@ class Prepare(Dataset):
         path = pathlib.PurePath(os.fsdecode(self.index.names[i]))
         start, end, _ = self.index.segment(i)
         cut = "" if math.isnan(start) else f"_{_ms(start)}_{_ms(end)}"
-        return self.target / path.with_name(path.stem + cut + ".mkv")
+        return pathlib.Path(self.target, path.with_name(path.stem + cut + ".mkv"))
 
 
 def encode(media, container, begin, end, quality):
     """Writes the part of a file between two times, s."""
     # all streams exist before anything is written
-    picture = media.video and container.add_stream("mjpeg", rate=PREPARED_RATE)
-    sound = media.audio and container.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
+    quantizer = {"qmin": str(quality), "qmax": str(quality)}
+    picture = media.video and container.add_stream("mjpeg", PREPARED_RATE, options=quantizer)
+    sound = media.audio and container.add_stream("pcm_s16le", SAMPLE_RATE, layout="mono")
+
     if picture:
-        picture.options = {"qmin": str(quality), "qmax": str(quality)}
-        encode_picture(media, container, picture, begin, min(end, media.length(media.video)))
+        count = (min(end, media.length(media.video)) - begin) * PREPARED_RATE
+        times = begin + np.arange(max(1, math.ceil(count - 1e-6))) / float(PREPARED_RATE)
+        for k, image in enumerate(media.frames(times, resizing(0, PREPARED_SIDE))):
+            if k == 0:
+                picture.height, picture.width, _ = image.shape
+                picture.pix_fmt = "yuvj420p"
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = k, 1 / PREPARED_RATE
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+
     if sound:
-        encode_sound(media, container, sound, begin, end)
+        samples = media.samples(begin, end)
+        there = np.flatnonzero(~np.isnan(samples))
+        if len(there):
+            samples = (samples[there[0] : there[-1] + 1].clip(-1, 1) * 32767).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+            frame.pts, frame.sample_rate = int(there[0]), SAMPLE_RATE
+            frame.time_base = Fraction(1, SAMPLE_RATE)
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
 
 
-def encode_picture(media, container, stream, begin, end):
-    size = resizing(0, PREPARED_SIDE)
-    height, width, _ = next(media.frames(np.array([begin]), size)).shape  # upright
-    stream.width, stream.height, stream.pix_fmt = width, height, "yuvj420p"
-
-    count = max(1, math.ceil((end - begin) * PREPARED_RATE - 1e-6))
-    times = begin + np.arange(count) / float(PREPARED_RATE)
-    for k, image in enumerate(media.frames(times, size)):
-        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-        frame.pts, frame.time_base = k, 1 / PREPARED_RATE
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-
-
-def encode_sound(media, container, stream, begin, end):
-    samples = media.samples(begin, end)
-    there = np.flatnonzero(~np.isnan(samples))
-    if len(there):
-        samples = (samples[there[0] : there[-1] + 1].clip(-1, 1) * 32767).astype(np.int16)
-
-        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-        frame.sample_rate, frame.time_base = SAMPLE_RATE, Fraction(1, SAMPLE_RATE)
-        frame.pts = int(there[0])
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-
-
-def _go_through(job, workers, estimate=False):
+def _go_through(job, index, workers):
     """Runs a job on each clip, by worker processes, and says which clips are not as they should be
     -> {verdict: count}, bytes."""
     verdicts, size = collections.Counter(), 0
-    results = tqdm(Workers(job, workers, batch_size=None), total=len(job), disable=None)
-    for i, (verdict, reason, more) in enumerate(results):
+    results = Workers(job, workers, batch_size=None, sampler=range(len(index)))
+    for i, (verdict, reason, more) in enumerate(tqdm(results, disable=None)):
         verdicts[verdict] += 1
         size += more
 
         if verdict:
-            tqdm.write(f"{verdict}: {job.index.name(i)}: {reason}")
-        if estimate and i in (9, 99, 999):
-            tqdm.write(f"about {size / (i + 1) * len(job) / 1e9:.2f} GB in all")
+            tqdm.write(f"{verdict}: {index.name(i)}: {reason}")
+        if size and i in (9, 99, 999):
+            tqdm.write(f"about {size / (i + 1) * len(index) / 1e9:.2f} GB in all")
     return verdicts, size
 
 
 def check(index, window, workers, modalities=MODALITIES):
     """Prints the clips that are bad or odd, and a summary; returns how many are bad."""
-    verdicts, _ = _go_through(Check(Clips(index, window, modalities)), workers)
+    verdicts, _ = _go_through(Check(Clips(index, window, modalities)), index, workers)
     print(f"{len(index)} clips: {verdicts['']} fine, {verdicts['warning']} used with a warning, "
           f"{verdicts['bad']} bad")
     return verdicts["bad"]
@@ -1440,7 +1430,13 @@ def check(index, window, workers, modalities=MODALITIES):
 
 def prepare(index, target, quality, workers):
     """Re-encodes all clips of an Index to `target`; returns how many are bad."""
-    verdicts, size = _go_through(Prepare(index, target, quality), workers, estimate=True)
+    stems = {}
+    for name in sorted(set(map(os.fsdecode, index.names))):
+        other = stems.setdefault(os.path.splitext(name)[0], name)
+        if other != name:
+            raise UserError(f"{other} and {name} would become one file: rename one of them")
+
+    verdicts, size = _go_through(Prepare(index, target, quality), index, workers)
     print(f"{verdicts['']} of {len(index)} clips in {target}, {size / 1e9:.3f} GB; "
           f"{verdicts['bad']} bad")
     return verdicts["bad"]
@@ -1448,8 +1444,9 @@ def prepare(index, target, quality, workers):
 
 def one_sentence(kind, error, trace):
     """For sys.excepthook: what the user or a full disk causes is told in a sentence."""
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if isinstance(error, UserError) or full:
+    if isinstance(error, BrokenPipeError):  # of `| head`: nor is it told at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENOSPC:
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
