@@ -36,7 +36,7 @@ import torch
 import torchaudio
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
@@ -110,11 +110,7 @@ def cpu_count():
 # Sound
 
 
-@functools.cache
-def _mel_transform(mels):
-    return torchaudio.transforms.MelSpectrogram(
-        SAMPLE_RATE, n_fft=N_FFT, win_length=MEL_WINDOW, hop_length=HOP, f_min=0.0, f_max=8000.0,
-        n_mels=mels, window_fn=torch.hamming_window, power=1.0)
+_mel_spectrogram = functools.cache(torchaudio.transforms.MelSpectrogram)
 
 
 def log_mel(waveform, mels=128):
@@ -123,7 +119,10 @@ def log_mel(waveform, mels=128):
     25 ms Hamming window, 10 ms hop (Sec. 4.1). The paper leaves the rest open; here: FFT of 1024,
     mel bins from 0 to 8000 Hz (HTK scale), magnitudes, log(mel + 0.01), no normalization.
     """
-    return (_mel_transform(mels)(waveform)[:, : len(waveform) // HOP].T + MEL_OFFSET).log()
+    transform = _mel_spectrogram(
+        SAMPLE_RATE, n_fft=N_FFT, win_length=MEL_WINDOW, hop_length=HOP, f_min=0.0, f_max=8000.0,
+        n_mels=mels, window_fn=torch.hamming_window, power=1.0)
+    return (transform(waveform)[:, : len(waveform) // HOP].T + MEL_OFFSET).log()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -918,7 +917,7 @@ def labeled_clips(
 # The data set: clips by (epoch, i, draw), and which of them a batch has
 
 
-class Clips(Dataset):
+class Clips:
     """Clips of an Index, addressed by (epoch, i, draw).
 
     The window of a clip is that of (epoch, i); its crop, flip, colors and masks also depend on the
@@ -1250,14 +1249,28 @@ class Scene:
         return wave.astype(np.float32)
 
 
-class Builtin(torch.utils.data.Dataset):
-    """Generated clips with items as those of `Clips`; each is made once and kept."""
+@functools.cache
+def generated(seed, i, window, modalities):
+    """A clip of the world as tensors, with its label; each is made once and kept."""
+    scene = Scene(seed, i)
+    clip = {"label": torch.tensor([scene.thing])}
+
+    if "video" in modalities:
+        times = (np.arange(window.frames) + 0.5) * window.step
+        clip["video"] = torch.from_numpy(scene.pictures(times, window.size))
+    if "audio" in modalities:
+        clip["audio"] = log_mel(torch.from_numpy(scene.sound(window.seconds)), window.mels)
+    return clip
+
+
+class Builtin:
+    """Generated clips with items as those of `Clips`: (epoch, i, draw) is the same in all epochs
+    and draws."""
 
     classes = THINGS
 
     def __init__(self, count, window, seed=0, modalities=MODALITIES):
-        self.count, self.window, self.seed = count, window, seed
-        self.modalities, self.made = modalities, {}
+        self.count, self.window, self.seed, self.modalities = count, window, seed, modalities
 
     def __len__(self):
         return self.count
@@ -1266,22 +1279,9 @@ class Builtin(torch.utils.data.Dataset):
         return f"built-in clip {i} of seed {self.seed}"
 
     def __getitem__(self, key):
-        """The clip i of the key (epoch, i, draw): the same in each epoch and draw."""
-        i = key[1]
-        if i not in self.made:
-            self.made[i] = self.make(i)
-        return {**self.made[i], "index": i, "bad": []}
-
-    def make(self, i):
-        scene, window = Scene(self.seed, i), self.window
-        clip = {"label": torch.tensor([scene.thing])}
-
-        if "video" in self.modalities:
-            times = (np.arange(window.frames) + 0.5) * window.step
-            clip["video"] = torch.from_numpy(scene.pictures(times, window.size))
-        if "audio" in self.modalities:
-            clip["audio"] = log_mel(torch.from_numpy(scene.sound(window.seconds)), window.mels)
-        return clip
+        _, i, _ = key
+        clip = generated(self.seed, i, self.window, tuple(self.modalities))
+        return clip | {"index": i, "bad": []}
 
 
 # ---------------------------------------------------------------------------------------------
