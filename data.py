@@ -487,10 +487,6 @@ def _files(folder, modalities=MODALITIES):
     return sorted(path[len(os.path.join(folder, "")) :] for path in found)
 
 
-def _encoded(names):
-    return np.array([os.fsencode(name) for name in names], dtype=bytes)
-
-
 def find_clips(path, modalities=MODALITIES):
     """All video files below a folder; those in clips/LABEL/ have that label. Or one file. -> Index
 
@@ -505,7 +501,8 @@ def find_clips(path, modalities=MODALITIES):
     number = {c: i for i, c in enumerate(classes)}
     labels = np.array([[number.get(p, -1)] for p in parents], np.int16)
     whole, shared = np.full(len(files), np.nan), np.zeros(len(files), bool)
-    return Index(str(folder), _encoded(files), whole, whole, labels, shared, classes)
+    names = np.array([*map(os.fsencode, files)], bytes)
+    return Index(str(folder), names, whole, whole, labels, shared, classes)
 
 
 def held_out(index, share=0.02, salt=b"held out"):
@@ -627,17 +624,14 @@ class Listing:
             try:
                 columns.extend(self.read(line, row, split))
             except ClipError as error:
-                self.leave_out(str(error), f"line {line}: {','.join(row)}")
+                count, first = self.unused.get(str(error), (0, f"line {line}: {','.join(row)}"))
+                self.unused[str(error)] = count + 1, first
 
         *numbers, self.start, self.end = np.array(columns).reshape(-1, 4).T
-        self.name, self.label = np.array(numbers, np.int32)
+        self.name, self.label = np.int32(numbers)
         self.names = [
             (name, re.sub(f"(?i){MEDIA_END}$", "", name)) if self.plain else (narration, name)
             for narration, name in self.names]
-
-    def leave_out(self, reason, example):
-        count, first = self.unused.get(reason, (0, example))
-        self.unused[reason] = count + 1, first
 
     def understand(self, where, row):
         """Sets the format and what the columns mean. -> whether the first row is a header"""
@@ -704,18 +698,39 @@ class Listing:
             label, start, end = cells
             return [label if float(start) <= s < float(end) else "background" for s in range(10)]
 
-        names, roles = [], [self.roles[c] for c in self.labels]
+        names, roles = [], (self.roles[c] for c in self.labels)
         for cell, role in itertools.zip_longest(cells, roles, fillvalue="label"):
             parts = cell.split(",") if role in ("labels", "mids") else [cell]
             before = f"{role} " if role in ("verb", "noun") else ""
             names += [before + part.strip() for part in parts if part.strip()]
         return names
 
+    def classes(self, seen):
+        """[{label: name of the class}], in two parts for verbs and nouns: as published beside the
+        file, or as seen."""
+        file, parts = pathlib.Path(self.file), []
+        for name, label, title, count in self.format.lists if seen else ():  # a test file has none
+            rows = [{"id": i, "key": label.format(id=i)} for i in range(count)]
+            if file.with_name(name).exists():
+                with open(file.with_name(name), encoding="utf-8-sig", newline="") as lines:
+                    rows = list(csv.DictReader(lines))
+            if not rows:
+                raise UserError(f"{name} must lie beside {file}")
+            parts.append({label.format(**row): row[title] for row in rows})
+
+        every, ave = file.with_name("Annotations.txt"), self.format.task == "ave"
+        if ave:
+            lines = every.read_text(encoding="utf-8-sig").splitlines()[1:] if every.exists() else []
+            seen = {*seen, "background", *(line.split("&")[0] for line in lines if line)}
+        seen = sorted(seen, key=lambda label: (ave and label == "background", label))
+        return parts or [dict(zip(seen, seen))]
+
     def table(self):
         """Labels (U, K) int16 of each distinct key, -1 where there are fewer; the classes."""
         given = [self.labels_of(key) for key in self.keys]
         seen = set(itertools.chain.from_iterable(given))
-        number, classes = self.classes(seen) if seen else ({}, ())  # a test file may have none
+        parts = self.classes(seen)
+        number = {label: i for part in parts for i, label in enumerate(part)}
 
         unknown = ", ".join(sorted(seen - set(number))[:3])
         if unknown:
@@ -724,30 +739,8 @@ class Listing:
         table = np.full((len(given), max([1, *map(len, given)])), -1, np.int16)
         for row, labels in zip(table, given):
             row[: len(labels)] = [number[label] for label in labels]
-        return table, classes
-
-    def classes(self, seen):
-        """{label: number}, names of the classes: as published beside the file, or as seen."""
-        file, number, lists = pathlib.Path(self.file), {}, []
-        for name, label, title, count in self.format.lists:
-            rows = [{"id": i, "key": label.format(id=i)} for i in range(count)]
-            if file.with_name(name).exists():
-                with open(file.with_name(name), encoding="utf-8-sig", newline="") as lines:
-                    rows = list(csv.DictReader(lines))
-            if not rows:
-                raise UserError(f"{name} must lie beside {file}")
-
-            number |= {label.format(**row): i for i, row in enumerate(rows)}
-            lists.append(tuple(row[title] for row in rows))
-        if lists:
-            return number, lists[0] if len(lists) == 1 else tuple(lists)
-
-        last, every = [], file.with_name("Annotations.txt")  # all clips of AVE
-        if self.format.task == "ave":
-            lines = every.read_text(encoding="utf-8-sig").splitlines() if every.exists() else []
-            seen, last = seen | {line.split("&")[0] for line in lines[1:] if line}, ["background"]
-        names = *sorted(seen.difference(last)), *last
-        return {label: i for i, label in enumerate(names)}, names
+        classes = [tuple(part.values()) for part in parts]
+        return table, classes[0] if len(classes) == 1 else tuple(classes)
 
 
 TIME = r"_(\d+(?:\.\d+)?)"
@@ -782,8 +775,8 @@ def _refuse_outside(folder, paths):
 
 NO_FILE, SEVERAL_FILES, SEVERAL_ROWS = -1, -2, -3
 REASONS = {
-    NO_FILE: "without a file", SEVERAL_FILES: "with several files of their name",
-    SEVERAL_ROWS: "with a file that is another row's, too"}
+    "without a file": NO_FILE, "with several files of their name": SEVERAL_FILES,
+    "with a file that is another row's, too": SEVERAL_ROWS}
 
 
 def _find_files(listing, folder, allow_outside, modalities):
@@ -855,9 +848,12 @@ def read_annotations(file, folder, split=None, allow_outside=False, modalities=M
     number, cut, shared = _assign(listing, found)
 
     used = number >= 0
-    for k in np.flatnonzero(~used).tolist():
-        path, name = listing.names[listing.name[k]]
-        listing.leave_out(REASONS[int(number[k])], path if listing.plain else name)
+    for reason, code in REASONS.items():
+        rows = np.flatnonzero(number == code)
+        if len(rows):
+            path, name = listing.names[listing.name[rows[0]]]
+            listing.unused[reason] = len(rows), path if listing.plain else name
+
     said = f"{file}: {used.sum()} of {listing.count} rows found their file below {folder}" + "".join(
         f"; {n} {why} (first: {row})" for why, (n, row) in listing.unused.items())
     if listing.ignored:
@@ -867,12 +863,11 @@ def read_annotations(file, folder, split=None, allow_outside=False, modalities=M
         raise UserError(f"{said}. Files are looked for by names like {listing.format.files}")
     print(said)
 
-    whole = cut | (listing.format.task == "ave")  # AVE's times are of the event, not of the clip
+    task, labels = listing.format.task, table[listing.label[used]]
+    whole = cut | (task == "ave")  # AVE's times are of the event, not of the clip
     start, end = (np.where(whole, np.nan, x)[used] for x in (listing.start, listing.end))
-    labels = table[listing.label[used]]
-    many = listing.format.task == "single" and table.shape[1] > 1
-    task = "many" if many else listing.format.task
-    names = _encoded(files)[number[used]]
+    task = "many" if task == "single" and table.shape[1] > 1 else task
+    names = np.array([*map(os.fsencode, files)], bytes)[number[used]]
     return Index(str(folder), names, start, end, labels, shared[used], classes, task)
 
 
