@@ -130,10 +130,11 @@ def log_mel(waveform, mels=128):
 
 
 @contextlib.contextmanager
-def opened(path, modalities=MODALITIES):
-    """A file as `Media`, in a `with`. Whatever goes wrong, on entering or inside, is a ClipError: a
-    file that cannot be opened or decoded, that lacks a stream of `modalities`, or is too slow."""
-    deadline, container = time.monotonic() + TIME_LIMIT, None
+def opened(path, modalities=MODALITIES, segment=(math.nan, math.nan), limit=None):
+    """A file, or a part of it, as `Media`, in a `with`. Whatever goes wrong, on entering or inside,
+    is a ClipError: a file that cannot be opened or decoded, that lacks a stream of `modalities`, or
+    takes longer than `limit`, s."""
+    deadline, container = time.monotonic() + (limit or TIME_LIMIT), None
     try:
         if not os.path.isfile(path):  # a directory or a pipe, which would block
             raise ClipError("not a file")
@@ -142,7 +143,9 @@ def opened(path, modalities=MODALITIES):
             os.fspath(path), timeout=TIME_LIMIT, **FOREIGN_TITLES,
             options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
         with container:
-            yield Media(container, modalities, deadline)
+            media = Media(container, modalities, deadline)
+            media.begin, media.end = media.part(*segment)
+            yield media
 
     except AV_ERRORS as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
@@ -188,6 +191,24 @@ class Media:
             packets = (p for p in self.container.demux(stream) if p.pts is not None)
             end = max((p.pts + (p.duration or 0) for p in packets), default=0)
         return float(end * stream.time_base) - self.origin
+
+    def part(self, start, end, shared=False):
+        """The part (begin, end) that a row means; all of the file if its times are NaN. A file is
+        as long as its picture.
+
+        A segment that reaches beyond a file of about its own length means that the file is already
+        cut, unless other rows share it: nobody knows for which of them.
+        """
+        length = self.length(self.streams[0])
+        if not 0 < length < 1e6:
+            raise ClipError(f"its stated length is {length:g} s")
+
+        already_cut = not shared and end > length + 0.5 and length <= end - start + 1
+        if math.isnan(start) or already_cut:
+            return 0.0, length
+        if start >= length:
+            raise ClipError(f"its segment starts at {start:.2f} s, the file ends at {length:.2f} s")
+        return start, min(end, length)
 
     def decode(self, stream, start):
         """(time, frame) of a stream from the last keyframe before `start`."""
@@ -276,46 +297,26 @@ class Media:
         return sound
 
 
-def segment_of(media, start, end, shared=False):
-    """The part (start, end) of a file that a row means; all of it if they are NaN. A file is as
-    long as its picture.
-
-    A segment that reaches beyond a file of about its own length means that the file is already
-    cut, unless other rows share it: nobody knows for which of them.
-    """
-    length = media.length(media.streams[0])
-    if not 0 < length < 1e6:
-        raise ClipError(f"its stated length is {length:g} s")
-
-    already_cut = not shared and end > length + 0.5 and length <= end - start + 1
-    if math.isnan(start) or already_cut:
-        return 0.0, length
-    if start >= length:
-        raise ClipError(f"its segment starts at {start:.2f} s, the file ends at {length:.2f} s")
-    return start, min(end, length)
-
-
-def read_video(media, start, begin, end, window, resize):
-    """Frames from `start` on, wrapping round the segment's end: (T, H, W, 3) uint8."""
-    end = max(begin + 1e-3, min(end, media.length(media.video)))
+def read_video(media, start, window, resize):
+    """Frames from `start` on, wrapping round the part's end: (T, H, W, 3) uint8."""
+    begin = media.begin
+    end = max(begin + 1e-3, min(media.end, media.length(media.video)))
     times = begin + (start - begin + np.arange(window.frames) * window.step) % (end - begin)
     runs = np.split(times, np.flatnonzero(np.diff(times) < 0) + 1)
     return np.stack([picture for run in runs for picture in media.frames(run, resize)])
 
 
-def read_audio(media, start, begin, end, seconds):
-    """Samples from `start` on, wrapping round the segment's end: (S,) float32. Where the track has
+def read_audio(media, start, seconds):
+    """Samples from `start` on, wrapping round the part's end: (S,) float32. Where the track has
     none, what it has repeats; nothing is filled with silence."""
-    length = min(seconds, end - begin)  # one turn at most
-    turn = min(start + length, end)
-    rest = start + length - turn
-    parts = [media.samples(start, turn)]
-    parts += [media.samples(begin, begin + rest)] if rest > 1e-6 else []
+    begin, end = media.begin, media.end
+    stop = start + min(seconds, end - begin)  # one turn at most
+    sound = media.samples(start, min(stop, end))
+    if stop - end > 1e-6:
+        sound = np.concatenate([sound, media.samples(begin, begin + (stop - end))])
 
-    if all(np.isnan(p).all() for p in parts):
-        parts = [media.samples(begin, min(end, begin + 60.0))]
-
-    sound = np.concatenate(parts)
+    if np.isnan(sound).all():
+        sound = media.samples(begin, min(end, begin + 60.0))
     missing = np.isnan(sound)
     if missing.all():
         raise ClipError("no sound can be decoded")
@@ -450,7 +451,7 @@ class Index:
         return os.path.join(self.folder, os.fsdecode(self.names[i]))
 
     def segment(self, i):
-        """Start, end, shared: see `segment_of`."""
+        """Start, end, shared: see `Media.part`."""
         return float(self.start[i]), float(self.end[i]), bool(self.shared[i])
 
     def label(self, i):
@@ -965,38 +966,35 @@ class Clips:
 
     def read(self, i, epoch=0):
         """The windows of clip i as tensors {m: ...}, before any augmentation."""
-        with opened(self.index.path(i), self.modalities) as media:
-            begin, end = segment_of(media, *self.index.segment(i))
-            starts = self.starts(i, epoch, begin, end)
-            views = [self.cut(media, *pair, begin, end) for pair in starts]
+        with opened(self.index.path(i), self.modalities, self.index.segment(i)) as media:
+            views = [self.cut(media, *pair) for pair in self.starts(media, i, epoch)]
         return {
             m: torch.stack([view[m] for view in views]) if self.views > 1 else views[0][m]
             for m in views[0]}
 
-    def starts(self, i, epoch, begin, end):
+    def starts(self, media, i, epoch):
         """(start of the video window, start of the audio window) of each view, s: together at
         random in training, else each evenly spaced from the first to the last."""
         seconds = self.window.video_seconds, self.window.seconds
-        room = [max(0.0, end - begin - s) for s in seconds]
+        room = [max(0.0, media.end - media.begin - s) for s in seconds]
 
         if self.augment:
             with seeded(self.seed, epoch, i):
-                start = begin + room[0] * torch.rand((), dtype=torch.float64).item()
+                start = media.begin + room[0] * torch.rand((), dtype=torch.float64).item()
             return [(start, start)]
-        return zip(*(begin + np.linspace(0, r, self.views) for r in room))
+        return zip(*(media.begin + np.linspace(0, r, self.views) for r in room))
 
-    def cut(self, media, video_start, audio_start, begin, end):
+    def cut(self, media, video_start, audio_start):
         """A window as tensors {m: ...}; of the picture all that a random crop may take."""
         window, clip = self.window, {}
         if "video" in self.modalities:
             short = round(window.size * 256 / 224) if self.augment else window.size
             resize = resizing(window.size, short)
-            video = torch.from_numpy(
-                read_video(media, video_start, begin, end, window, resize))       # (T, H, W, 3)
+            video = torch.from_numpy(read_video(media, video_start, window, resize))
             clip["video"] = video if self.augment else center_crop(video, window.size)
 
         if "audio" in self.modalities:
-            sound = read_audio(media, audio_start, begin, end, window.seconds)    # (S,)
+            sound = read_audio(media, audio_start, window.seconds)                # (S,)
             clip["audio"] = log_mel(torch.from_numpy(sound), window.mels)         # (T, F)
         return clip
 
@@ -1299,12 +1297,10 @@ class Check:
 
     def warnings(self, i):
         clip, window, index = self.clips.read(i), self.clips.window, self.clips.index
-        with opened(index.path(i), self.clips.modalities) as media:
-            media.deadline = math.inf
-            begin, end = segment_of(media, *index.segment(i))
-
-            if end - begin < max(window.video_seconds, window.seconds) - 1e-3:
-                yield f"shorter than a window ({end - begin:.2f} s)"
+        with opened(index.path(i), self.clips.modalities, index.segment(i), math.inf) as media:
+            length = media.end - media.begin
+            if length < max(window.video_seconds, window.seconds) - 1e-3:
+                yield f"shorter than a window ({length:.2f} s)"
             if "audio" in clip and (clip["audio"] <= math.log(2 * MEL_OFFSET)).all():
                 yield "silent"
             if "video" in clip and (clip["video"] == clip["video"][:1]).all():
@@ -1312,8 +1308,8 @@ class Check:
 
             try:
                 for stream in media.streams:
-                    for at, frame in media.decode(stream, begin):
-                        if at > end:
+                    for at, frame in media.decode(stream, media.begin):
+                        if at > media.end:
                             break
                         if isinstance(frame, av.Packet):
                             frame.decode()
@@ -1345,11 +1341,9 @@ class Prepare:
         path.parent.mkdir(parents=True, exist_ok=True)
 
         try:
-            with opened(self.index.path(i), ()) as media:
-                media.deadline = math.inf
-                segment = segment_of(media, *self.index.segment(i))
+            with opened(self.index.path(i), (), self.index.segment(i), math.inf) as media:
                 with av.open(str(partial), "w", format="matroska") as container:
-                    encode(media, container, *segment, self.quality)
+                    encode(media, container, self.quality)
             os.replace(partial, path)
 
         except ClipError as error:
@@ -1368,16 +1362,16 @@ class Prepare:
         return pathlib.Path(self.target, path.with_name(path.stem + cut + ".mkv"))
 
 
-def encode(media, container, begin, end, quality):
-    """Writes the part of a file between two times, s."""
+def encode(media, container, quality):
+    """Writes a part of a file to another."""
     # all streams exist before anything is written
     quantizer = {"qmin": str(quality), "qmax": str(quality)}
     picture = media.video and container.add_stream("mjpeg", PREPARED_RATE, options=quantizer)
     sound = media.audio and container.add_stream("pcm_s16le", SAMPLE_RATE, layout="mono")
 
     if picture:
-        count = (min(end, media.length(media.video)) - begin) * PREPARED_RATE
-        times = begin + np.arange(max(1, math.ceil(count - 1e-6))) / float(PREPARED_RATE)
+        count = (min(media.end, media.length(media.video)) - media.begin) * PREPARED_RATE
+        times = media.begin + np.arange(max(1, math.ceil(count - 1e-6))) / float(PREPARED_RATE)
         for k, image in enumerate(media.frames(times, resizing(0, PREPARED_SIDE))):
             if k == 0:
                 picture.height, picture.width, _ = image.shape
@@ -1388,7 +1382,7 @@ def encode(media, container, begin, end, quality):
         container.mux(picture.encode(None))
 
     if sound:
-        samples = media.samples(begin, end)
+        samples = media.samples(media.begin, media.end)
         there = np.flatnonzero(~np.isnan(samples))
         if len(there):
             samples = (samples[there[0] : there[-1] + 1].clip(-1, 1) * 32767).astype(np.int16)

@@ -126,7 +126,7 @@ def test_sound_that_ends_early_repeats_and_a_gap_is_bad(tmp_path):
     clicks = np.arange(30) / 10
     path = media.write(tmp_path / "a.mp4", audio_seconds=1.5, clicks=clicks)
     with data.opened(path) as m:
-        sound = data.read_audio(m, 0.0, 0.0, 4.0, 4.0)
+        sound = data.read_audio(m, 0.0, 4.0)
     assert len(sound) == 64_000 and np.abs(sound.reshape(-1, 3200)).max(1).min() > 0.25
     path = media.write(tmp_path / "b.mkv", gap=0.6, clicks=clicks, audio_codec="pcm_s16le")
     with pytest.raises(data.ClipError, match="a gap in the sound at 1.6"):
@@ -142,9 +142,9 @@ def test_sound_that_starts_late_is_missing_before(tmp_path):
 
 def test_windows_wrap_round_the_end(tmp_path):
     path = media.write(tmp_path / "a.mkv", seconds=2.0, clicks=(0.5,), audio_codec="pcm_s16le")
-    with data.opened(path) as m:
-        shown = media.times_of(data.read_video(m, 1.5, 0.0, 2.0, SMALL, SQUARE))
-        sound = data.read_audio(m, 1.5, 0.0, 2.0, 4.0)
+    with data.opened(path, segment=(0.0, 2.0)) as m:
+        shown = media.times_of(data.read_video(m, 1.5, SMALL, SQUARE))
+        sound = data.read_audio(m, 1.5, 4.0)
     expected = np.floor(((1.5 + np.arange(8) * 0.16) % 2.0) * 25 + 1e-3) / 25
     assert np.abs(shown - expected).max() < 0.03
     assert np.abs(media.clicks_of(sound) - [1.0, 3.0]).max() < 0.01  # at 0.5 of each turn of 2 s
@@ -187,12 +187,12 @@ def test_segments_are_cut(tmp_path):
         shown = media.times_of(Clips(index, SMALL, augment=Augment())[epoch, 0, 0]["video"])
         assert shown.min() > 2.9 and shown.max() < 5.05
     with data.opened(index.path(0)) as m:
-        assert data.segment_of(m, 3.0, 5.0) == (3.0, 5.0)
-        start, end = data.segment_of(m, 6.0, 9.0)
+        assert m.part(3.0, 5.0) == (3.0, 5.0)
+        start, end = m.part(6.0, 9.0)
         assert start == 6.0 and abs(end - 8.0) < 0.1
-        assert data.segment_of(m, 30.0, 40.0)[0] == 0.0  # of about this length: already cut
+        assert m.part(30.0, 40.0)[0] == 0.0  # of about this length: already cut
         with pytest.raises(data.ClipError, match="starts at 20.00 s"):
-            data.segment_of(m, 20.0, 24.0)
+            m.part(20.0, 24.0)
 
 
 # ---------------------------------------------------------------------------------------- bad files
@@ -409,11 +409,11 @@ def test_prepared_clips_show_the_same(tmp_path):
         assert (new.video.height, new.video.width) == (256, 456)
         for start in 0.0, 0.48, 2.4:
             shown = [
-                data.read_video(m, start, 0.0, 5.0, window, lambda *_: (256, 456)).astype(float)
+                data.read_video(m, start, window, lambda *_: (256, 456)).astype(float)
                 for m in (old, new)]
             error = np.square(shown[0] - shown[1]).mean()
             assert 10 * np.log10(255**2 / max(error, 1e-9)) > 38
-        heard = [media.clicks_of(data.read_audio(m, 0.5, 0.0, 5.0, 4.0)) for m in (old, new)]
+        heard = [media.clicks_of(data.read_audio(m, 0.5, 4.0)) for m in (old, new)]
         assert np.abs(heard[0] - heard[1]).max() < 0.003
 
 
