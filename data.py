@@ -159,23 +159,22 @@ class Media:
 
     def __init__(self, container, modalities, deadline):
         self.container, self.deadline, self.scaler = container, deadline, VideoReformatter()
-        sounds = [s for s in container.streams.audio if s.codec_context]
-        pictures = [
-            s for s in container.streams.video
+        streams = [
+            s for s in (*container.streams.video, *container.streams.audio)
             if s.codec_context and not s.disposition & Disposition.attached_pic]
-        if "video" in modalities and not pictures:
+        self.video, self.audio = (
+            next((s for s in streams if s.type == kind), None) for kind in ("video", "audio"))
+        self.streams = [s for s in (self.video, self.audio) if s]
+
+        if not self.video and ("video" in modalities or not self.audio):
             raise ClipError("no picture")
-        if "audio" in modalities and not sounds:
+        if not self.audio and "audio" in modalities:
             raise ClipError("no audio track")
 
-        self.video, self.audio = (next(iter(kind), None) for kind in (pictures, sounds))
-        self.streams = pictures[:1] + sounds[:1]
         starts = [s.start_time * s.time_base for s in self.streams if s.start_time is not None]
         self.origin = float(min(starts, default=0))
-        if not self.streams:
-            raise ClipError("neither picture nor sound")
-
-        for codec in (s.codec_context for s in pictures[:1]):
+        if self.video:
+            codec = self.video.codec_context
             codec.thread_count = 1  # workers share the cores
             # Else the part of a JPEG that cannot be decoded shows what was decoded before it.
             # (Codecs that predict do say `is_corrupt`.)
@@ -459,8 +458,8 @@ class Index:
 
     def subset(self, which):
         """The clips of a mask (N,) or of ids."""
-        columns = "names", "start", "end", "labels", "shared"
-        return replace(self, **{name: getattr(self, name)[which] for name in columns})
+        columns = {k: x[which] for k, x in vars(self).items() if isinstance(x, np.ndarray)}
+        return replace(self, **columns)
 
 
 def _files(folder, modalities=MODALITIES):
@@ -615,11 +614,11 @@ class Listing:
         self.file, self.count, self.unused = file, 0, {}
         self.names, self.keys, columns = {}, {}, array("d")
         rows = _rows(file)
-        line, first = next(rows, (0, ()))
-        if not first:
+        first = next(rows, None)
+        if first is None:
             raise UserError(f"{file} has no rows")
-        if not self.understand(f"{file}, line {line}", first):
-            rows = itertools.chain([(line, first)], rows)
+        if not self.understand(*first):
+            rows = itertools.chain([first], rows)
 
         for self.count, (line, row) in enumerate(rows, start=1):
             try:
@@ -634,9 +633,10 @@ class Listing:
             (name, re.sub(f"(?i){MEDIA_END}$", "", name)) if self.plain else (narration, name)
             for narration, name in self.names]
 
-    def understand(self, where, row):
+    def understand(self, line, row):
         """Sets the format and what the columns mean. -> whether the first row is a header"""
-        roles, cells = [ROLES.get(re.sub(r"[\W_]", "", c.lower()), "") for c in row], "\n".join(row)
+        where, cells = f"{self.file}, line {line}", "\n".join(row)
+        roles = [ROLES.get(re.sub(r"[\W_]", "", cell.lower()), "") for cell in row]
         of_row = [k for k, f in FORMATS.items() if re.fullmatch(f.row, cells, re.IGNORECASE)]
         of_header = [k for k, f in FORMATS.items() if {*f.columns.split()} - {"split"} <= {*roles}]
         if not of_row + of_header:
@@ -774,10 +774,10 @@ def _refuse_outside(folder, paths):
                 "--allow-outside")
 
 
-NO_FILE, SEVERAL_FILES, SEVERAL_ROWS = -1, -2, -3
+NO_FILE, SEVERAL_FILES, SEVERAL_ROWS = -1, -2, -3  # instead of a file's number
 REASONS = {
-    "without a file": NO_FILE, "with several files of their name": SEVERAL_FILES,
-    "with a file that is another row's, too": SEVERAL_ROWS}
+    NO_FILE: "without a file", SEVERAL_FILES: "with several files of their name",
+    SEVERAL_ROWS: "with a file that is another row's, too"}
 
 
 def _find_files(listing, folder, allow_outside, modalities):
@@ -805,14 +805,14 @@ def _find_files(listing, folder, allow_outside, modalities):
 
 
 def _assign(listing, found):
-    """-> number of each row's file (N,), negative if it has none; whether it is cut for that row
-    (N,), and whether rows mean several parts of it (N,). A file cut for one row is no other's.
+    """-> number of each row's file (N,), negative if it has none; whether rows mean several parts of
+    it (N,). A file cut for one row is no other's, and all of it is that row's.
 
     A file called just as the row says (narration, path) comes first, then one of the row's times,
     of its start, and the whole.
     """
-    files, cut = np.full(len(listing.name), NO_FILE), np.zeros(len(listing.name), bool)
-    claims, shared, disputed = {}, set(), set()
+    plain, ave = listing.plain, listing.format.task == "ave"
+    files, claims, shared, disputed = np.full(len(listing.name), NO_FILE), {}, set(), set()
 
     columns = (column.tolist() for column in (listing.name, listing.start, listing.end))
     for k, (number, start, end) in enumerate(zip(*columns)):
@@ -824,14 +824,16 @@ def _assign(listing, found):
             continue
 
         file = files[k] = found[key]
-        cut[k] = key[1] is not None or (key is keys[0] and not listing.plain)
-        claim = so if listing.plain else name, start, end
+        cut = key[1] is not None or (key is keys[0] and not plain)
+        claim = so if plain else name, start, end
         if file >= 0 and (first := claims.setdefault(file, claim)) != claim:
-            (disputed if cut[k] or first[0] != claim[0] else shared).add(file)
+            (disputed if cut or first[0] != claim[0] else shared).add(file)
+        if cut or ave:  # AVE's times are of the event, not of the clip
+            listing.start[k] = listing.end[k] = np.nan
 
     several = np.isin(files, list(shared))
     files[np.isin(files, list(disputed))] = SEVERAL_ROWS
-    return files, cut, several
+    return files, several
 
 
 def read_annotations(file, folder, split=None, allow_outside=False, modalities=MODALITIES):
@@ -846,29 +848,27 @@ def read_annotations(file, folder, split=None, allow_outside=False, modalities=M
     listing = Listing(file, split)
     table, classes = listing.table()
     files, found = _find_files(listing, folder, allow_outside, modalities)
-    number, cut, shared = _assign(listing, found)
-
+    number, shared = _assign(listing, found)
     used = number >= 0
-    for reason, code in REASONS.items():
+
+    for code, reason in REASONS.items():
         rows = np.flatnonzero(number == code)
         if len(rows):
             path, name = listing.names[listing.name[rows[0]]]
             listing.unused[reason] = len(rows), path if listing.plain else name
 
-    said = f"{file}: {used.sum()} of {listing.count} rows found their file below {folder}" + "".join(
-        f"; {n} {why} (first: {row})" for why, (n, row) in listing.unused.items())
+    said = f"{file}: {used.sum()} of {listing.count} rows found their file below {folder}"
+    said += "".join(f"; {n} {why} (first: {row})" for why, (n, row) in listing.unused.items())
     if listing.ignored:
         said += f"; columns that mean nothing here: {', '.join(listing.ignored)}"
-
     if not used.any():
         raise UserError(f"{said}. Files are looked for by names like {listing.format.files}")
     print(said)
 
-    task, labels = listing.format.task, table[listing.label[used]]
-    whole = cut | (task == "ave")  # AVE's times are of the event, not of the clip
-    start, end = (np.where(whole, np.nan, x)[used] for x in (listing.start, listing.end))
+    labels, task = table[listing.label[used]], listing.format.task
     task = "many" if task == "single" and table.shape[1] > 1 else task
     names = np.array([*map(os.fsencode, files)], bytes)[number[used]]
+    start, end = listing.start[used], listing.end[used]
     return Index(str(folder), names, start, end, labels, shared[used], classes, task)
 
 

@@ -7,6 +7,7 @@ index   a list of 2 million clips (index plain | audioset | vggsound | epic): ho
         open and what it costs, also in four workers
 """
 
+import argparse
 import ctypes
 import json
 import os
@@ -219,7 +220,7 @@ class Watched(data.Clips):
 def memory(count=20_000):
     """Resident memory is told, not judged: malloc keeps what large pictures have freed, so that it
     rises to the most that was ever in use, by steps that get rarer, without any leak."""
-    count, held = int(count), []
+    held = []
     with tempfile.TemporaryDirectory() as folder:
         damaged(pathlib.Path(folder))
         window = data.Window(frames=4, step=0.16, size=32, seconds=1.28, mels=32)
@@ -293,5 +294,10 @@ def index(name="plain", rows=2_000_000):
 
 
 if __name__ == "__main__":
-    known = {"corpus": corpus, "kills": kills, "memory": memory, "index": index}
-    known[sys.argv[1] if len(sys.argv) > 1 else "corpus"](*sys.argv[2:])
+    tests = {"corpus": corpus, "kills": kills, "memory": memory, "index": index}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("test", nargs="?", default="corpus", choices=tests)
+    parser.add_argument("how", nargs="*", help="its arguments: how many, or which list")
+    args = parser.parse_args()
+    tests[args.test](*(int(x) if x.isdigit() else x for x in args.how))
