@@ -637,6 +637,7 @@ class Listing:
         """Sets the format and what the columns mean. -> whether the first row is a header"""
         where, cells = f"{self.file}, line {line}", "\n".join(row)
         roles = [ROLES.get(re.sub(r"[\W_]", "", cell.lower()), "") for cell in row]
+
         of_row = [k for k, f in FORMATS.items() if re.fullmatch(f.row, cells, re.IGNORECASE)]
         of_header = [k for k, f in FORMATS.items() if {*f.columns.split()} - {"split"} <= {*roles}]
         if not of_row + of_header:
@@ -715,15 +716,13 @@ class Listing:
             if file.with_name(name).exists():
                 with open(file.with_name(name), encoding="utf-8-sig", newline="") as lines:
                     rows = list(csv.DictReader(lines))
+
             if not rows:
                 raise UserError(f"{name} must lie beside {file}")
             parts.append({label.format(**row): row[title] for row in rows})
 
-        every, ave = file.with_name("Annotations.txt"), self.format.task == "ave"
-        if ave:
-            lines = every.read_text(encoding="utf-8-sig").splitlines()[1:] if every.exists() else []
-            seen = {*seen, "background", *(line.split("&")[0] for line in lines if line)}
-        seen = sorted(seen, key=lambda label: (ave and label == "background", label))
+        last = ["background"] if self.format.task == "ave" else []
+        seen = sorted(seen.difference(last)) + last
         return parts or [dict(zip(seen, seen))]
 
     def table(self):
@@ -755,12 +754,13 @@ def _meanings(stem, seconds):
     NAME_30_40, NAME_30.0-40.0 or NAME_000030.
     """
     yield stem, None, None
-    span = SPAN.fullmatch(stem)
+    span, start = SPAN.fullmatch(stem), START.fullmatch(stem)
     if span and "." not in span[2] + span[3]:
         yield span[1], int(span[2]), int(span[3])
+
     if seconds and span:
         yield span[1], _ms(float(span[2])), _ms(float(span[3]))
-    if seconds and (start := START.fullmatch(stem)):
+    if seconds and start:
         yield start[1], _ms(float(start[2])), None
 
 
@@ -805,8 +805,8 @@ def _find_files(listing, folder, allow_outside, modalities):
 
 
 def _assign(listing, found):
-    """-> number of each row's file (N,), negative if it has none; whether rows mean several parts of
-    it (N,). A file cut for one row is no other's, and all of it is that row's.
+    """-> number of each row's file (N,), negative if it has none; whether rows mean several parts
+    of it (N,). A file cut for one row is no other's, and all of it is that row's.
 
     A file called just as the row says (narration, path) comes first, then one of the row's times,
     of its start, and the whole.
@@ -839,11 +839,9 @@ def _assign(listing, found):
 def read_annotations(file, folder, split=None, allow_outside=False, modalities=MODALITIES):
     """The clips that an annotation file lists and a folder has. -> Index
 
-    The format is recognized from the content: VGGSound's csv, AudioSet's *_segments.csv,
-    EPIC-Kitchens-100's csv, AVE's text files, or `path[,start,end][,label...]`, with a header of
-    these words in any order or without one, whose paths must not lead out of the folder unless that
-    is allowed. Only rows of `split` ("train" or "test") if the file has splits. Says how many rows
-    found their file, and why others are not used.
+    The format, one of FORMATS, is recognized from the content. Paths must not lead out of the
+    folder unless that is allowed. Only rows of `split` ("train" or "test") if the file has splits.
+    Says how many rows found their file, and why others are not used.
     """
     listing = Listing(file, split)
     table, classes = listing.table()
@@ -948,20 +946,20 @@ class Clips:
 
     def readable(self, epoch, wanted):
         """The window of a clip, or in training of the next that can be read; names the bad ones."""
-        bad = []
-        for i in range(wanted, wanted + (len(self) if self.augment else 1)):
+        bad, tries = [], min(1000, len(self)) if self.augment else 1
+
+        for i in range(wanted, wanted + tries):
             i %= len(self)
             try:
-                return {
-                    **self.read(i, epoch), "label": self.index.label(i), "index": i, "bad": bad}
+                clip = self.read(i, epoch)
+                return clip | {"label": self.index.label(i), "index": i, "bad": bad}
             except ClipError as error:
                 bad.append((self.name(i), str(error)))
 
-            if len(bad) >= 1000 or (self.augment and len(bad) == len(self)):
-                raise UserError(
-                    f"none of the {len(bad)} clips tried can be read; the first: {bad[0][0]}: "
-                    f"{bad[0][1]}. "
-                    "Run python data.py check on the folder")
+        if self.augment:
+            raise UserError(
+                f"none of the {tries} clips tried can be read; the first: {': '.join(bad[0])}. "
+                "Run python data.py check on the folder")
         return {"index": wanted, "bad": bad}
 
     def read(self, i, epoch=0):
@@ -1301,6 +1299,7 @@ class Check:
             length = media.end - media.begin
             if length < max(window.video_seconds, window.seconds) - 1e-3:
                 yield f"shorter than a window ({length:.2f} s)"
+
             if "audio" in clip and (clip["audio"] <= math.log(2 * MEL_OFFSET)).all():
                 yield "silent"
             if "video" in clip and (clip["video"] == clip["video"][:1]).all():
@@ -1376,6 +1375,7 @@ def encode(media, container, quality):
             if k == 0:
                 picture.height, picture.width, _ = image.shape
                 picture.pix_fmt = "yuvj420p"
+
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts, frame.time_base = k, 1 / PREPARED_RATE
             container.mux(picture.encode(frame))
@@ -1386,6 +1386,7 @@ def encode(media, container, quality):
         there = np.flatnonzero(~np.isnan(samples))
         if len(there):
             samples = (samples[there[0] : there[-1] + 1].clip(-1, 1) * 32767).astype(np.int16)
+
             frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
             frame.pts, frame.sample_rate = int(there[0]), SAMPLE_RATE
             frame.time_base = Fraction(1, SAMPLE_RATE)

@@ -72,29 +72,30 @@ def damaged(folder, per_kind=10, seed=0):
     return len(data.find_clips(folder))
 
 
+SMALL = data.Window(frames=4, step=0.16, size=32, seconds=1.28, mels=32)
+
+
 def corpus(per_kind=10):
     with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        count = damaged(folder, per_kind)
+        count = damaged(pathlib.Path(folder), per_kind)
         index = data.find_clips(folder)
-        window = data.Window(frames=4, step=0.16, size=32, seconds=1.28, mels=32)
-        train = data.Clips(index, window, augment=data.Augment())
-        evaluation = data.Clips(index, window)
+        train = data.Clips(index, SMALL, augment=data.Augment())
+        evaluation = data.Clips(index, SMALL)
         slowest, replaced, bad = 0.0, 0, set()
-        for i in range(count):
+
+        for i, name in enumerate(map(index.name, range(count))):
             start = time.monotonic()
             clip = train[0, i, 0]
             slowest = max(slowest, time.monotonic() - start)
-            assert ("bad" in clip and clip["index"] == i) or clip["bad"][0][0] == index.name(i)
             assert clip["audio"].isfinite().all() and clip["video"].shape == (4, 32, 32, 3)
-            if clip["index"] != i:
-                replaced += 1
-                assert index.name(i) in dict(clip["bad"])
             assert train[0, i, 0]["video"].equal(clip["video"])  # the same substitute again
+            assert (name in dict(clip["bad"])) == (clip["index"] != i)
+            replaced += clip["index"] != i
+
             sample = evaluation[0, i, 0]
             assert ("video" in sample) != bool(sample["bad"])
-            if sample["bad"]:
-                bad.add(index.name(i))
+            bad |= {name} if sample["bad"] else set()
+
         check = data.Check(evaluation)
         said = {index.name(i) for i in range(count) if check[i][0] == "bad"}
         assert said == bad, said ^ bad
@@ -223,8 +224,7 @@ def memory(count=20_000):
     held = []
     with tempfile.TemporaryDirectory() as folder:
         damaged(pathlib.Path(folder))
-        window = data.Window(frames=4, step=0.16, size=32, seconds=1.28, mels=32)
-        clips = Watched(data.find_clips(folder), window, augment=data.Augment())
+        clips = Watched(data.find_clips(folder), SMALL, augment=data.Augment())
         batches = iter(load(clips, count))
         pids = [w.pid for w in batches._workers]
 
@@ -280,8 +280,7 @@ def index(name="plain", rows=2_000_000):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
         assert len(clips) == rows
 
-        window = data.Window(frames=4, step=0.16, size=32, seconds=1.28, mels=32)
-        batches = iter(load(data.Clips(clips, window, augment=data.Augment()), 4000))
+        batches = iter(load(data.Clips(clips, SMALL, augment=data.Augment()), 4000))
         before = use_of([w.pid for w in batches._workers])[0]
         for _ in range(100 if name == "plain" else 0):  # the others' segments are beyond the files
             next(batches)

@@ -606,14 +606,13 @@ def test_epic_kitchens_that_do_not_fit(tmp_path):
         data.labeled_clips(tmp_path, tmp_path / "a.csv")
 
 
-def test_ave(tmp_path):
+@pytest.mark.parametrize("head", ["", "Category&VideoID&Quality&StartTime&EndTime\n"])
+def test_ave(tmp_path, head):
     touch(tmp_path, "abc.mp4", "def.mp4")
-    (tmp_path / "Annotations.txt").write_text(
-        "Category&VideoID&Quality&StartTime&EndTime\nBark&abc&good&2&5\nAxe&def&good&0&10\n")
-    index = listed(tmp_path, "Bark&abc&good&2&5\n", name="trainSet.txt")
-    assert index.classes == ("Axe", "Bark", "background") and index.task == "ave"
-    assert index.labels.tolist() == [[2, 2, 1, 1, 1, 2, 2, 2, 2, 2]] and np.isnan(index.start).all()
-    assert len(data.read_annotations(tmp_path / "Annotations.txt", tmp_path)) == 2
+    index = listed(tmp_path, head + "Dog, bark&abc&good&2&5\nZoo&def&good&0&10\n", name="a.txt")
+    assert index.classes == ("Dog, bark", "Zoo", "background") and index.task == "ave"
+    assert index.labels[0].tolist() == [2, 2, 0, 0, 0, 2, 2, 2, 2, 2]
+    assert (index.labels[1] == 1).all() and np.isnan(index.start).all()
 
 
 def test_real_files_of_all_sets(tmp_path, capsys):
@@ -950,7 +949,7 @@ def test_evaluation_has_each_clip_once(count, batch, world):
 def test_a_folder_of_bad_files_is_an_error_in_one_sentence(tmp_path, workers):
     (tmp_path / "a.mp4").write_bytes(b"")
     clips = clips_in(tmp_path, augment=Augment())
-    with pytest.raises(UserError, match="^none of the 1 clips tried can be read; the first: a.mp4: cannot "):
+    with pytest.raises(UserError, match="^none of the 1 clips .*; the first: a.mp4: cannot "):
         next(iter(data.Loader(clips, [[(0, 0, 0)]], workers=workers)))
 
 
