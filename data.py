@@ -36,7 +36,7 @@ import torch
 import torchaudio
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
@@ -110,11 +110,7 @@ def cpu_count():
 # Sound
 
 
-@functools.cache
-def _mel_transform(mels):
-    return torchaudio.transforms.MelSpectrogram(
-        SAMPLE_RATE, n_fft=N_FFT, win_length=MEL_WINDOW, hop_length=HOP, f_min=0.0, f_max=8000.0,
-        n_mels=mels, window_fn=torch.hamming_window, power=1.0)
+_mel_spectrogram = functools.cache(torchaudio.transforms.MelSpectrogram)
 
 
 def log_mel(waveform, mels=128):
@@ -123,62 +119,61 @@ def log_mel(waveform, mels=128):
     25 ms Hamming window, 10 ms hop (Sec. 4.1). The paper leaves the rest open; here: FFT of 1024,
     mel bins from 0 to 8000 Hz (HTK scale), magnitudes, log(mel + 0.01), no normalization.
     """
-    return (_mel_transform(mels)(waveform)[:, : len(waveform) // HOP].T + MEL_OFFSET).log()
+    transform = _mel_spectrogram(
+        SAMPLE_RATE, n_fft=N_FFT, win_length=MEL_WINDOW, hop_length=HOP, f_min=0.0, f_max=8000.0,
+        n_mels=mels, window_fn=torch.hamming_window, power=1.0)
+    return (transform(waveform)[:, : len(waveform) // HOP].T + MEL_OFFSET).log()
 
 
 # ---------------------------------------------------------------------------------------------
 # Reading a file: frames and samples by time
 
 
-class Media:
-    """An open video file, to be used in a `with`. Times are in seconds from the earliest stream's
-    start.
+@contextlib.contextmanager
+def opened(path, modalities=MODALITIES, segment=(math.nan, math.nan), limit=None):
+    """A file, or a part of it, as `Media`, in a `with`. Whatever goes wrong, on entering or inside,
+    is a ClipError: a file that cannot be opened or decoded, that lacks a stream of `modalities`, or
+    takes longer than `limit`, s."""
+    deadline, container = time.monotonic() + (limit or TIME_LIMIT), None
+    try:
+        if not os.path.isfile(path):  # a directory or a pipe, which would block
+            raise ClipError("not a file")
 
-    Whatever goes wrong, on entering or inside, is a ClipError: a file that cannot be opened, that
-    lacks a stream of `modalities`, that cannot be decoded, or that is too slow.
-    """
+        container = av.open(
+            os.fspath(path), timeout=TIME_LIMIT, **FOREIGN_TITLES,
+            options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
+        with container:
+            media = Media(container, modalities, deadline)
+            media.begin, media.end = media.part(*segment)
+            yield media
 
-    def __init__(self, path, modalities=MODALITIES):
-        self.path, self.modalities = path, modalities
-        self.deadline = time.monotonic() + TIME_LIMIT
-        self.scaler, self.container = VideoReformatter(), None
-
-    def __enter__(self):
-        try:
-            if not os.path.isfile(self.path):  # a directory or a pipe, which would block
-                raise ClipError("not a file")
-
-            self.container = av.open(
-                os.fspath(self.path), timeout=TIME_LIMIT, **FOREIGN_TITLES,
-                options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
-            self.choose_streams()
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
+    except AV_ERRORS as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
             raise
-        return self
+        what = "decoded" if container else "opened"
+        raise ClipError(f"cannot be {what} ({type(error).__name__})") from error
 
-    def __exit__(self, kind, error, _):
-        what = "decoded" if self.container else "opened"
-        if self.container:
-            self.container.close()
-        if isinstance(error, AV_ERRORS) and getattr(error, "errno", None) != errno.ENOSPC:
-            raise ClipError(f"cannot be {what} ({kind.__name__})") from error
 
-    def choose_streams(self):
-        sounds = [s for s in self.container.streams.audio if s.codec_context]
-        pictures = [
-            s for s in self.container.streams.video
+class Media:
+    """Pictures and sound of an open file. Times are in s from its earliest stream's start."""
+
+    def __init__(self, container, modalities, deadline):
+        self.container, self.deadline, self.scaler = container, deadline, VideoReformatter()
+        streams = [
+            s for s in (*container.streams.video, *container.streams.audio)
             if s.codec_context and not s.disposition & Disposition.attached_pic]
-        if "video" in self.modalities and not pictures:
+        self.video, self.audio = (
+            next((s for s in streams if s.type == kind), None) for kind in ("video", "audio"))
+        self.streams = [s for s in (self.video, self.audio) if s]
+
+        if not self.video and ("video" in modalities or not self.audio):
             raise ClipError("no picture")
-        if "audio" in self.modalities and not sounds:
+        if not self.audio and "audio" in modalities:
             raise ClipError("no audio track")
 
-        self.video, self.audio = (next(iter(kind), None) for kind in (pictures, sounds))
-        starts = [(s.start_time, s.time_base) for s in pictures[:1] + sounds[:1]]
-        self.origin = min((float(t * unit) for t, unit in starts if t is not None), default=0.0)
-
-        if self.video is not None:
+        starts = [s.start_time * s.time_base for s in self.streams if s.start_time is not None]
+        self.origin = float(min(starts, default=0))
+        if self.video:
             codec = self.video.codec_context
             codec.thread_count = 1  # workers share the cores
             # Else the part of a JPEG that cannot be decoded shows what was decoded before it.
@@ -196,28 +191,40 @@ class Media:
             end = max((p.pts + (p.duration or 0) for p in packets), default=0)
         return float(end * stream.time_base) - self.origin
 
-    def seek(self, stream, start):
+    def part(self, start, end, shared=False):
+        """The part (begin, end) that a row means; all of the file if its times are NaN. A file is
+        as long as its picture.
+
+        A segment that reaches beyond a file of about its own length means that the file is already
+        cut, unless other rows share it: nobody knows for which of them.
+        """
+        length = self.length(self.streams[0])
+        if not 0 < length < 1e6:
+            raise ClipError(f"its stated length is {length:g} s")
+
+        already_cut = not shared and end > length + 0.5 and length <= end - start + 1
+        if math.isnan(start) or already_cut:
+            return 0.0, length
+        if start >= length:
+            raise ClipError(f"its segment starts at {start:.2f} s, the file ends at {length:.2f} s")
+        return start, min(end, length)
+
+    def decode(self, stream, start):
+        """(time, frame) of a stream from the last keyframe before `start`."""
+        found = self.decode_from(stream, start, start)
+        first = next(found, (math.inf, None))
+        if first[0] > start + 1e-3:  # an index that lies: decode it all
+            return self.decode_from(stream, -1.0, start)
+        return itertools.chain([first], found)
+
+    def decode_from(self, stream, start, last):
+        """(time, frame) from a keyframe on. Where every packet is a picture of its own, it is the
+        packet, so that only those that are shown get decoded."""
         to = math.floor((start + self.origin) / stream.time_base)
         if stream.start_time is not None:  # AVI and MP3 refuse to seek before it
             to = max(to, stream.start_time)
         self.container.seek(to, stream=stream, backward=True)
 
-    def decode(self, stream, start):
-        """(time, frame) of a stream from the last keyframe before `start`."""
-        self.seek(stream, start)
-        found = self.decode_on(stream, start)
-        first = next(found, None)
-
-        if first is None or first[0] > start + 1e-3:  # an index that lies: decode it all
-            self.seek(stream, -1.0)
-            yield from self.decode_on(stream, start)
-        else:
-            yield first
-            yield from found
-
-    def decode_on(self, stream, last):
-        """(time, frame) from where the file stands. Where every packet is a picture of its own,
-        it is the packet, so that only those that are shown get decoded."""
         intra = stream.type == "video" and stream.codec_context.codec.intra_only
         for frame in self.container.demux(stream) if intra else self.container.decode(stream):
             if time.monotonic() > self.deadline:
@@ -289,46 +296,26 @@ class Media:
         return sound
 
 
-def segment_of(media, start, end, shared=False):
-    """The part (start, end) of a file that a row means; all of it if they are NaN. A file is as
-    long as its picture.
-
-    A segment that reaches beyond a file of about its own length means that the file is already
-    cut, unless other rows share it: nobody knows for which of them.
-    """
-    length = media.length(media.audio if media.video is None else media.video)
-    if not 0 < length < 1e6:
-        raise ClipError(f"its stated length is {length:g} s")
-
-    already_cut = not shared and end > length + 0.5 and length <= end - start + 1
-    if math.isnan(start) or already_cut:
-        return 0.0, length
-    if start >= length:
-        raise ClipError(f"its segment starts at {start:.2f} s, the file ends at {length:.2f} s")
-    return start, min(end, length)
-
-
-def read_video(media, start, begin, end, window, resize):
-    """Frames from `start` on, wrapping round the segment's end: (T, H, W, 3) uint8."""
-    end = max(begin + 1e-3, min(end, media.length(media.video)))
+def read_video(media, start, window, resize):
+    """Frames from `start` on, wrapping round the part's end: (T, H, W, 3) uint8."""
+    begin = media.begin
+    end = max(begin + 1e-3, min(media.end, media.length(media.video)))
     times = begin + (start - begin + np.arange(window.frames) * window.step) % (end - begin)
     runs = np.split(times, np.flatnonzero(np.diff(times) < 0) + 1)
     return np.stack([picture for run in runs for picture in media.frames(run, resize)])
 
 
-def read_audio(media, start, begin, end, seconds):
-    """Samples from `start` on, wrapping round the segment's end: (S,) float32. Where the track has
+def read_audio(media, start, seconds):
+    """Samples from `start` on, wrapping round the part's end: (S,) float32. Where the track has
     none, what it has repeats; nothing is filled with silence."""
-    length = min(seconds, end - begin)  # one turn at most
-    turn = min(start + length, end)
-    rest = start + length - turn
-    parts = [media.samples(start, turn)]
-    parts += [media.samples(begin, begin + rest)] if rest > 1e-6 else []
+    begin, end = media.begin, media.end
+    stop = start + min(seconds, end - begin)  # one turn at most
+    sound = media.samples(start, min(stop, end))
+    if stop - end > 1e-6:
+        sound = np.concatenate([sound, media.samples(begin, begin + (stop - end))])
 
-    if all(np.isnan(p).all() for p in parts):
-        parts = [media.samples(begin, min(end, begin + 60.0))]
-
-    sound = np.concatenate(parts)
+    if np.isnan(sound).all():
+        sound = media.samples(begin, min(end, begin + 60.0))
     missing = np.isnan(sound)
     if missing.all():
         raise ClipError("no sound can be decoded")
@@ -463,7 +450,7 @@ class Index:
         return os.path.join(self.folder, os.fsdecode(self.names[i]))
 
     def segment(self, i):
-        """Start, end, shared: see `segment_of`."""
+        """Start, end, shared: see `Media.part`."""
         return float(self.start[i]), float(self.end[i]), bool(self.shared[i])
 
     def label(self, i):
@@ -471,8 +458,8 @@ class Index:
 
     def subset(self, which):
         """The clips of a mask (N,) or of ids."""
-        columns = "names", "start", "end", "labels", "shared"
-        return replace(self, **{name: getattr(self, name)[which] for name in columns})
+        columns = {k: x[which] for k, x in vars(self).items() if isinstance(x, np.ndarray)}
+        return replace(self, **columns)
 
 
 def _files(folder, modalities=MODALITIES):
@@ -500,10 +487,6 @@ def _files(folder, modalities=MODALITIES):
     return sorted(path[len(os.path.join(folder, "")) :] for path in found)
 
 
-def _encoded(names):
-    return np.array([os.fsencode(name) for name in names], dtype=bytes)
-
-
 def find_clips(path, modalities=MODALITIES):
     """All video files below a folder; those in clips/LABEL/ have that label. Or one file. -> Index
 
@@ -518,7 +501,8 @@ def find_clips(path, modalities=MODALITIES):
     number = {c: i for i, c in enumerate(classes)}
     labels = np.array([[number.get(p, -1)] for p in parents], np.int16)
     whole, shared = np.full(len(files), np.nan), np.zeros(len(files), bool)
-    return Index(str(folder), _encoded(files), whole, whole, labels, shared, classes)
+    names = np.array([*map(os.fsencode, files)], bytes)
+    return Index(str(folder), names, whole, whole, labels, shared, classes)
 
 
 def held_out(index, share=0.02, salt=b"held out"):
@@ -537,7 +521,7 @@ def fraction_of(index, share):
 
 
 # ---------------------------------------------------------------------------------------------
-# Annotation files: what each column of a format means, and one class that reads them all
+# Annotation files: a table of formats and of what their columns mean, which one class interprets
 
 WORDS = {  # what a column means: words of headers, in lower case and without spaces, "_", "/"
     "path": "path file filename fname video", "id": "ytid youtubeid videoid",
@@ -562,6 +546,7 @@ class Format:
 
 
 ID, NUMBER = r"([\w-]+|#NAME\?)", r"\d+(\.\d*)?"
+TIMES = f"{NUMBER}\n{NUMBER}"
 MEDIA_END = "(" + "|".join(map(re.escape, SUFFIXES + SOUND_SUFFIXES)) + ")"
 PLAIN = "path[,start,end][,label...]"
 FORMATS = {
@@ -571,10 +556,10 @@ FORMATS = {
                ("EPIC_100_noun_classes.csv", "noun {id}", "key", 300)),
         files="NARRATION_ID, VIDEO_ID_30000_40000 (ms), VIDEO_ID"),
     "AVE": Format(
-        "ave", "label id quality start end", f".+\n{ID}\n.*\n{NUMBER}\n{NUMBER}",
-        ("label", "start", "end"), files="ID, YID"),
+        "ave", "label id quality start end", f".+\n{ID}\n.*\n{TIMES}", ("label", "start", "end"),
+        files="ID, YID"),
     "AudioSet": Format(
-        "many", "id start end mids", f"{ID}\n{NUMBER}\n{NUMBER}\n/.*", ("mids",),
+        "many", "id start end mids", f"{ID}\n{TIMES}\n/.*", ("mids",),
         (("class_labels_indices.csv", "{mid}", "display_name", 0),), seconds=True),
     "VGGSound": Format(
         "single", "id start label split", f"{ID}\n{NUMBER}\n.+\n(train|test|val.*)", seconds=True),
@@ -592,13 +577,12 @@ def _rows(file):
             ave = re.fullmatch(f"[^&]+&[^&]+&[^&]*&({NUMBER}&{NUMBER}|StartTime&EndTime)", first)
             how = {"delimiter": "&", "quoting": csv.QUOTE_NONE} if ave else {"strict": True}
             lines.seek(0)
-            reader = csv.reader(lines, skipinitialspace=True, **how)
 
+            reader = csv.reader(lines, skipinitialspace=True, **how)
             for row in reader:
                 if reader.line_num > last + 1:
                     raise csv.Error("it ends in a later line")
                 last = reader.line_num
-
                 if row and (row[0] == "#NAME?" or not row[0].startswith("#")):
                     yield last, row
 
@@ -606,10 +590,6 @@ def _rows(file):
         raise UserError(f"{file}, line {last + 1}: a quote that is not closed: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read annotations {file}: {error}") from None
-
-
-def _are_numbers(cells):
-    return len(cells) > 1 and all(re.fullmatch(NUMBER, cell) for cell in cells)
 
 
 def _seconds(text):
@@ -624,15 +604,15 @@ def _ms(seconds):
 
 
 class Listing:
-    """The rows of an annotation file as columns, and why others are not used.
+    """The rows of an annotation file: numbers of their name and label, start and end (N,) in s.
 
-    names: (how a file may be called just so, how with times or without): (narration, id), or
-    (path, path without its suffix). keys: cells of labels. Columns name, label: their numbers.
+    names: how a file may be called just so, and how with times or without: (narration, id), or
+    (path, path without its suffix). keys: cells of labels. unused: {reason: (count, first)}.
     """
 
     def __init__(self, file, split=None):
-        self.file, self.rows, self.unused = file, 0, {}  # {reason: (count, first example)}
-        self.numbers, self.keys, columns = {}, {}, array("d")
+        self.file, self.count, self.unused = file, 0, {}
+        self.names, self.keys, columns = {}, {}, array("d")
         rows = _rows(file)
         first = next(rows, None)
         if first is None:
@@ -640,45 +620,42 @@ class Listing:
         if not self.understand(*first):
             rows = itertools.chain([first], rows)
 
-        for self.rows, (line, row) in enumerate(rows, start=1):
+        for self.count, (line, row) in enumerate(rows, start=1):
             try:
                 columns.extend(self.read(line, row, split))
             except ClipError as error:
-                self.leave_out(str(error), f"line {line}: {','.join(row)}")
+                count, first = self.unused.get(str(error), (0, f"line {line}: {','.join(row)}"))
+                self.unused[str(error)] = count + 1, first
 
         *numbers, self.start, self.end = np.array(columns).reshape(-1, 4).T
-        self.name, self.label = np.array(numbers, np.int32)
+        self.name, self.label = np.int32(numbers)
         self.names = [
             (name, re.sub(f"(?i){MEDIA_END}$", "", name)) if self.plain else (narration, name)
-            for narration, name in self.numbers]
-
-    def leave_out(self, reason, example):
-        count, first = self.unused.get(reason, (0, example))
-        self.unused[reason] = count + 1, first
+            for narration, name in self.names]
 
     def understand(self, line, row):
         """Sets the format and what the columns mean. -> whether the first row is a header"""
+        where, cells = f"{self.file}, line {line}", "\n".join(row)
         roles = [ROLES.get(re.sub(r"[\W_]", "", cell.lower()), "") for cell in row]
-        cells, where, said = "\n".join(row), f"{self.file}, line {line}", ",".join(row)
 
         of_row = [k for k, f in FORMATS.items() if re.fullmatch(f.row, cells, re.IGNORECASE)]
         of_header = [k for k, f in FORMATS.items() if {*f.columns.split()} - {"split"} <= {*roles}]
         if not of_row + of_header:
             raise UserError(
                 f"{where} is of no known format ({', '.join(FORMATS)}), nor a header with words "
-                f"like path, start, end, label, split: {said}")
+                f"like path, start, end, label, split: {','.join(row)}")
 
         self.kind = (of_row + of_header)[0]
         self.format, self.plain = FORMATS[self.kind], self.kind == PLAIN
         self.open_end = self.plain and bool(of_row)  # any number of labels may follow
         if of_row:
-            timed = self.plain and _are_numbers(row[1:3])
-            roles = self.format.columns.split() + ["start", "end"] * timed
+            timed = self.plain and re.fullmatch(TIMES, "\n".join(row[1:3]))
+            roles = self.format.columns.split() + (["start", "end"] if timed else [])
 
         once = [role for role in roles if role and role != "label"]
         half = self.plain and ("start" in roles) != ("end" in roles)
         if len(once) > len(set(once)) or {"path", "id"} <= set(roles) or half:
-            raise UserError(f"{where}: a header of more than one meaning: {said}")
+            raise UserError(f"{where}: a header of more than one meaning: {','.join(row)}")
 
         self.roles, self.at = roles, {role: column for column, role in enumerate(roles)}
         self.labels = [c for c, role in enumerate(roles) if role in self.format.labels]
@@ -689,10 +666,10 @@ class Listing:
     def read(self, line, row, split):
         """A row of the split as numbers, or ClipError. Labels of all splits are classes."""
         at, width, start, end = self.at, len(self.roles), math.nan, math.nan
-        name = at.get("id", at.get("path"))
         if len(row) < width or (len(row) > width and not self.open_end):
             raise ClipError(f"with {len(row)} columns, not {width}")
-        if row[name] in ("", "#NAME?"):
+        name = row[at.get("id", at.get("path"))].removeprefix("./")
+        if name in ("", "#NAME?"):
             raise ClipError("without a name")
 
         if "start" in at:
@@ -704,7 +681,7 @@ class Listing:
             if not 0 <= start <= end < math.inf or (start == end and self.format.task != "ave"):
                 raise ClipError("with an end before its start")
 
-        elif self.open_end and _are_numbers(row[1:3]):
+        elif self.open_end and re.fullmatch(TIMES, "\n".join(row[1:3])):
             raise UserError(f"{self.file}, line {line}: times or labels? The first row has no "
                             f"times, this one may have: {','.join(row)}")
 
@@ -714,16 +691,47 @@ class Listing:
         if split and part != split:
             raise ClipError(f"of split {part!r}")
 
-        key = row[at["narration"]] if "narration" in at else "", row[name].removeprefix("./")
-        return self.numbers.setdefault(key, len(self.numbers)), label, start, end
+        key = row[at["narration"]] if "narration" in at else "", name
+        return self.names.setdefault(key, len(self.names)), label, start, end
+
+    def labels_of(self, cells):
+        """Labels by cells: several in one of "labels" or "mids"; of AVE, that of each second."""
+        if self.format.task == "ave":
+            label, start, end = cells
+            return [label if float(start) <= s < float(end) else "background" for s in range(10)]
+
+        names, roles = [], (self.roles[c] for c in self.labels)
+        for cell, role in itertools.zip_longest(cells, roles, fillvalue="label"):
+            parts = cell.split(",") if role in ("labels", "mids") else [cell]
+            before = f"{role} " if role in ("verb", "noun") else ""
+            names += [before + part.strip() for part in parts if part.strip()]
+        return names
+
+    def classes(self, seen):
+        """[{label: name of the class}], in two parts for verbs and nouns: as published beside the
+        file, or as seen."""
+        file, parts = pathlib.Path(self.file), []
+        for name, label, title, count in self.format.lists if seen else ():  # a test file has none
+            rows = [{"id": i, "key": label.format(id=i)} for i in range(count)]
+            if file.with_name(name).exists():
+                with open(file.with_name(name), encoding="utf-8-sig", newline="") as lines:
+                    rows = list(csv.DictReader(lines))
+
+            if not rows:
+                raise UserError(f"{name} must lie beside {file}")
+            parts.append({label.format(**row): row[title] for row in rows})
+
+        last = ["background"] if self.format.task == "ave" else []
+        seen = sorted(seen.difference(last)) + last
+        return parts or [dict(zip(seen, seen))]
 
     def table(self):
         """Labels (U, K) int16 of each distinct key, -1 where there are fewer; the classes."""
-        roles = [self.roles[c] for c in self.labels]
-        given = [_label_names(key, roles, self.format.task) for key in self.keys]
+        given = [self.labels_of(key) for key in self.keys]
         seen = set(itertools.chain.from_iterable(given))
+        parts = self.classes(seen)
+        number = {label: i for part in parts for i, label in enumerate(part)}
 
-        number, classes = _classes(self.file, self.format, seen)
         unknown = ", ".join(sorted(seen - set(number))[:3])
         if unknown:
             raise UserError(f"{self.file} has labels that are no classes of {self.kind}: {unknown}")
@@ -731,55 +739,8 @@ class Listing:
         table = np.full((len(given), max([1, *map(len, given)])), -1, np.int16)
         for row, labels in zip(table, given):
             row[: len(labels)] = [number[label] for label in labels]
-        return table, classes
-
-
-def _label_names(cells, roles, task):
-    """A row's labels: several in a cell of "labels" or "mids"; of AVE, that of each second."""
-    if task == "ave":
-        label, start, end = cells
-        return [label if float(start) <= s < float(end) else "background" for s in range(10)]
-
-    parts = (
-        (role, part.strip())
-        for cell, role in itertools.zip_longest(cells, roles, fillvalue="label")
-        for part in (cell.split(",") if role in ("labels", "mids") else [cell]))
-    return [f"{role} {p}" if role in ("verb", "noun") else p for role, p in parts if p]
-
-
-def _classes(file, form, seen):
-    """{label of a row: number}, names of the classes: as published beside the file, or as seen."""
-    file, ave, number, lists = pathlib.Path(file), form.task == "ave", {}, []
-    for name, label, title, count in form.lists if seen else ():  # a test file may have no labels
-        rows = [{"id": i, "key": label.format(id=i)} for i in range(count)]
-        if file.with_name(name).exists():
-            with open(file.with_name(name), encoding="utf-8-sig", newline="") as lines:
-                rows = list(csv.DictReader(lines))
-        if not rows:
-            raise UserError(f"{name} must lie beside {file}")
-
-        number |= {label.format(**row): i for i, row in enumerate(rows)}
-        lists.append(tuple(row[title] for row in rows))
-
-    every = file.with_name("Annotations.txt")  # all clips of AVE
-    if ave:
-        lines = every.read_text(encoding="utf-8-sig").splitlines() if every.exists() else []
-        seen = seen | {"background"} | {line.split("&")[0] for line in lines[1:] if line}
-    if not form.lists:
-        lists = [tuple(sorted(seen, key=lambda label: (ave and label == "background", label)))]
-        number = {label: i for i, label in enumerate(lists[0])}
-    return number, lists[0] if len(lists) == 1 else tuple(lists)
-
-
-def _refuse_outside(folder, names):
-    root = os.path.realpath(folder)
-    links = (name for name in names if os.path.islink(os.path.join(root, name)))
-    for name in sorted({os.path.join(os.path.dirname(name), "") for name in names} | set(links)):
-        if not os.path.join(os.path.realpath(os.path.join(root, name)), "").startswith(
-            os.path.join(root, "")):
-            raise UserError(
-                f"a path of the annotations, {name!r}, leads out of {folder}: refused without "
-                "--allow-outside")
+        classes = [tuple(part.values()) for part in parts]
+        return table, classes[0] if len(classes) == 1 else tuple(classes)
 
 
 TIME = r"_(\d+(?:\.\d+)?)"
@@ -793,16 +754,27 @@ def _meanings(stem, seconds):
     NAME_30_40, NAME_30.0-40.0 or NAME_000030.
     """
     yield stem, None, None
-    span = SPAN.fullmatch(stem)
+    span, start = SPAN.fullmatch(stem), START.fullmatch(stem)
     if span and "." not in span[2] + span[3]:
         yield span[1], int(span[2]), int(span[3])
+
     if seconds and span:
         yield span[1], _ms(float(span[2])), _ms(float(span[3]))
-    if seconds and (start := START.fullmatch(stem)):
+    if seconds and start:
         yield start[1], _ms(float(start[2])), None
 
 
-NO_FILE, SEVERAL_FILES, SEVERAL_ROWS = -1, -2, -3
+def _refuse_outside(folder, paths):
+    root = pathlib.Path(os.path.realpath(folder))
+    links = {path for path in paths if os.path.islink(root / path)}
+    for name in sorted(links | {os.path.join(os.path.dirname(path), "") for path in paths}):
+        if not pathlib.Path(os.path.realpath(root / name)).is_relative_to(root):
+            raise UserError(
+                f"a path of the annotations, {name!r}, leads out of {folder}: refused without "
+                "--allow-outside")
+
+
+NO_FILE, SEVERAL_FILES, SEVERAL_ROWS = -1, -2, -3  # instead of a file's number
 REASONS = {
     NO_FILE: "without a file", SEVERAL_FILES: "with several files of their name",
     SEVERAL_ROWS: "with a file that is another row's, too"}
@@ -822,26 +794,25 @@ def _find_files(listing, folder, allow_outside, modalities):
     asked, found = set(itertools.chain.from_iterable(listing.names)) - {""}, {}
 
     for n, file in enumerate(files[len(exact) :], start=len(exact)):
-        base = os.path.basename(file)
-        stem = os.path.splitext(base)[0]
-
+        whole, base = os.path.splitext(file)[0], os.path.basename(file)
+        stem = os.path.basename(whole)
         # of plain paths, with its folder or without
-        stems = (base, os.path.splitext(file)[0], stem) if plain else (stem, stem.removeprefix("Y"))
-        for key in (m for s in dict.fromkeys(stems) for m in _meanings(s, listing.format.seconds)):
+        stems = {base, whole, stem} if plain else {stem, stem.removeprefix("Y")}
+        for key in (m for s in stems for m in _meanings(s, listing.format.seconds)):
             if key[0] in asked and found.setdefault(key, n) != n and plain:
                 found[key] = SEVERAL_FILES
     return files, found | exact
 
 
 def _assign(listing, found):
-    """-> number of each row's file (N,), negative if it has none; whether it is cut for that row
-    (N,), and whether rows mean several parts of it (N,). A file cut for one row is no other's.
+    """-> number of each row's file (N,), negative if it has none; whether rows mean several parts
+    of it (N,). A file cut for one row is no other's, and all of it is that row's.
 
     A file called just as the row says (narration, path) comes first, then one of the row's times,
     of its start, and the whole.
     """
-    files, cut = np.full(len(listing.name), NO_FILE), np.zeros(len(listing.name), bool)
-    claims, shared, disputed = {}, set(), set()
+    plain, ave = listing.plain, listing.format.task == "ave"
+    files, claims, shared, disputed = np.full(len(listing.name), NO_FILE), {}, set(), set()
 
     columns = (column.tolist() for column in (listing.name, listing.start, listing.end))
     for k, (number, start, end) in enumerate(zip(*columns)):
@@ -853,49 +824,49 @@ def _assign(listing, found):
             continue
 
         file = files[k] = found[key]
-        cut[k] = key[1] is not None or (key is keys[0] and not listing.plain)
-        claim = so if listing.plain else name, start, end
+        cut = key[1] is not None or (key is keys[0] and not plain)
+        claim = so if plain else name, start, end
         if file >= 0 and (first := claims.setdefault(file, claim)) != claim:
-            (disputed if cut[k] or first[0] != claim[0] else shared).add(file)
+            (disputed if cut or first[0] != claim[0] else shared).add(file)
+        if cut or ave:  # AVE's times are of the event, not of the clip
+            listing.start[k] = listing.end[k] = np.nan
 
     several = np.isin(files, list(shared))
     files[np.isin(files, list(disputed))] = SEVERAL_ROWS
-    return files, cut, several
+    return files, several
 
 
 def read_annotations(file, folder, split=None, allow_outside=False, modalities=MODALITIES):
     """The clips that an annotation file lists and a folder has. -> Index
 
-    The format is recognized from the content: VGGSound's csv, AudioSet's *_segments.csv,
-    EPIC-Kitchens-100's csv, AVE's text files, or `path[,start,end][,label...]`, with a header of
-    these words in any order or without one, whose paths must not lead out of the folder unless that
-    is allowed. Only rows of `split` ("train" or "test") if the file has splits. Says how many rows
-    found their file, and why others are not used.
+    The format, one of FORMATS, is recognized from the content. Paths must not lead out of the
+    folder unless that is allowed. Only rows of `split` ("train" or "test") if the file has splits.
+    Says how many rows found their file, and why others are not used.
     """
     listing = Listing(file, split)
     table, classes = listing.table()
     files, found = _find_files(listing, folder, allow_outside, modalities)
-    number, cut, shared = _assign(listing, found)
-
+    number, shared = _assign(listing, found)
     used = number >= 0
-    for k in np.flatnonzero(~used).tolist():
-        path, name = listing.names[listing.name[k]]
-        listing.leave_out(REASONS[int(number[k])], path if listing.plain else name)
-    said = f"{file}: {used.sum()} of {listing.rows} rows found their file below {folder}" + "".join(
-        f"; {n} {why} (first: {row})" for why, (n, row) in listing.unused.items())
+
+    for code, reason in REASONS.items():
+        rows = np.flatnonzero(number == code)
+        if len(rows):
+            path, name = listing.names[listing.name[rows[0]]]
+            listing.unused[reason] = len(rows), path if listing.plain else name
+
+    said = f"{file}: {used.sum()} of {listing.count} rows found their file below {folder}"
+    said += "".join(f"; {n} {why} (first: {row})" for why, (n, row) in listing.unused.items())
     if listing.ignored:
         said += f"; columns that mean nothing here: {', '.join(listing.ignored)}"
-
     if not used.any():
         raise UserError(f"{said}. Files are looked for by names like {listing.format.files}")
     print(said)
 
-    whole = cut | (listing.format.task == "ave")  # AVE's times are of the event, not of the clip
-    start, end = (np.where(whole, np.nan, x)[used] for x in (listing.start, listing.end))
-    labels = table[listing.label[used]]
-    many = listing.format.task == "single" and table.shape[1] > 1
-    task = "many" if many else listing.format.task
-    names = _encoded(files)[number[used]]
+    labels, task = table[listing.label[used]], listing.format.task
+    task = "many" if task == "single" and table.shape[1] > 1 else task
+    names = np.array([*map(os.fsencode, files)], bytes)[number[used]]
+    start, end = listing.start[used], listing.end[used]
     return Index(str(folder), names, start, end, labels, shared[used], classes, task)
 
 
@@ -940,7 +911,7 @@ def labeled_clips(
 # The data set: clips by (epoch, i, draw), and which of them a batch has
 
 
-class Clips(Dataset):
+class Clips:
     """Clips of an Index, addressed by (epoch, i, draw).
 
     The window of a clip is that of (epoch, i); its crop, flip, colors and masks also depend on the
@@ -975,56 +946,53 @@ class Clips(Dataset):
 
     def readable(self, epoch, wanted):
         """The window of a clip, or in training of the next that can be read; names the bad ones."""
-        bad = []
-        for i in range(wanted, wanted + (len(self) if self.augment else 1)):
+        bad, tries = [], min(1000, len(self)) if self.augment else 1
+
+        for i in range(wanted, wanted + tries):
             i %= len(self)
             try:
-                return {
-                    **self.read(i, epoch), "label": self.index.label(i), "index": i, "bad": bad}
+                clip = self.read(i, epoch)
+                return clip | {"label": self.index.label(i), "index": i, "bad": bad}
             except ClipError as error:
                 bad.append((self.name(i), str(error)))
 
-            if len(bad) >= 1000 or (self.augment and len(bad) == len(self)):
-                raise UserError(
-                    f"none of the {len(bad)} clips tried can be read; the first: {bad[0][0]}: "
-                    f"{bad[0][1]}. "
-                    "Run python data.py check on the folder")
+        if self.augment:
+            raise UserError(
+                f"none of the {tries} clips tried can be read; the first: {': '.join(bad[0])}. "
+                "Run python data.py check on the folder")
         return {"index": wanted, "bad": bad}
 
     def read(self, i, epoch=0):
         """The windows of clip i as tensors {m: ...}, before any augmentation."""
-        with Media(self.index.path(i), self.modalities) as media:
-            begin, end = segment_of(media, *self.index.segment(i))
-            starts = self.starts(i, epoch, begin, end)
-            views = [self.cut(media, *pair, begin, end) for pair in starts]
+        with opened(self.index.path(i), self.modalities, self.index.segment(i)) as media:
+            views = [self.cut(media, *pair) for pair in self.starts(media, i, epoch)]
         return {
             m: torch.stack([view[m] for view in views]) if self.views > 1 else views[0][m]
             for m in views[0]}
 
-    def starts(self, i, epoch, begin, end):
+    def starts(self, media, i, epoch):
         """(start of the video window, start of the audio window) of each view, s: together at
         random in training, else each evenly spaced from the first to the last."""
         seconds = self.window.video_seconds, self.window.seconds
-        room = [max(0.0, end - begin - s) for s in seconds]
+        room = [max(0.0, media.end - media.begin - s) for s in seconds]
 
         if self.augment:
             with seeded(self.seed, epoch, i):
-                start = begin + room[0] * torch.rand((), dtype=torch.float64).item()
+                start = media.begin + room[0] * torch.rand((), dtype=torch.float64).item()
             return [(start, start)]
-        return zip(*(begin + np.linspace(0, r, self.views) for r in room))
+        return zip(*(media.begin + np.linspace(0, r, self.views) for r in room))
 
-    def cut(self, media, video_start, audio_start, begin, end):
+    def cut(self, media, video_start, audio_start):
         """A window as tensors {m: ...}; of the picture all that a random crop may take."""
         window, clip = self.window, {}
         if "video" in self.modalities:
             short = round(window.size * 256 / 224) if self.augment else window.size
             resize = resizing(window.size, short)
-            video = torch.from_numpy(
-                read_video(media, video_start, begin, end, window, resize))       # (T, H, W, 3)
+            video = torch.from_numpy(read_video(media, video_start, window, resize))
             clip["video"] = video if self.augment else center_crop(video, window.size)
 
         if "audio" in self.modalities:
-            sound = read_audio(media, audio_start, begin, end, window.seconds)    # (S,)
+            sound = read_audio(media, audio_start, window.seconds)                # (S,)
             clip["audio"] = log_mel(torch.from_numpy(sound), window.mels)         # (T, F)
         return clip
 
@@ -1051,12 +1019,13 @@ class Batches:
     (k+1)*batch. So each pass has each clip once, whatever the number of processes, and a batch may
     span passes. An epoch counts rows: with repeat R, one pass over all clips takes R epochs.
 
-    Yields lists of keys (pass, i, draw): this process's rows of a batch, `micro` at a time.
+    Yields lists of keys (pass, i, draw), `micro` at a time: the `rows` of each of the `steps`, both
+    ranges. Without `rows` all of a batch; a process of several is given its part.
     """
 
-    def __init__(self, count, batch, seed, start, stop, rank=0, world=1, micro=0, repeat=1):
-        self.count, self.batch, self.seed, self.steps = count, batch, seed, range(start, stop)
-        self.rows = range(rank * batch // world, (rank + 1) * batch // world)
+    def __init__(self, count, batch, seed, steps, rows=None, micro=0, repeat=1):
+        self.count, self.batch, self.seed, self.steps = count, batch, seed, steps
+        self.rows = range(batch) if rows is None else rows
         self.micro, self.repeat = micro or len(self.rows), repeat
 
     def __len__(self):
@@ -1271,14 +1240,28 @@ class Scene:
         return wave.astype(np.float32)
 
 
-class Builtin(torch.utils.data.Dataset):
-    """Generated clips with items as those of `Clips`; each is made once and kept."""
+@functools.cache
+def generated(seed, i, window, modalities):
+    """A clip of the world as tensors, with its label; each is made once and kept."""
+    scene = Scene(seed, i)
+    clip = {"label": torch.tensor([scene.thing])}
+
+    if "video" in modalities:
+        times = (np.arange(window.frames) + 0.5) * window.step
+        clip["video"] = torch.from_numpy(scene.pictures(times, window.size))
+    if "audio" in modalities:
+        clip["audio"] = log_mel(torch.from_numpy(scene.sound(window.seconds)), window.mels)
+    return clip
+
+
+class Builtin:
+    """Generated clips with items as those of `Clips`: (epoch, i, draw) is the same in all epochs
+    and draws."""
 
     classes = THINGS
 
     def __init__(self, count, window, seed=0, modalities=MODALITIES):
-        self.count, self.window, self.seed = count, window, seed
-        self.modalities, self.made = modalities, {}
+        self.count, self.window, self.seed, self.modalities = count, window, seed, modalities
 
     def __len__(self):
         return self.count
@@ -1287,37 +1270,21 @@ class Builtin(torch.utils.data.Dataset):
         return f"built-in clip {i} of seed {self.seed}"
 
     def __getitem__(self, key):
-        """The clip i of the key (epoch, i, draw): the same in each epoch and draw."""
-        i = key[1]
-        if i not in self.made:
-            self.made[i] = self.make(i)
-        return {**self.made[i], "index": i, "bad": []}
-
-    def make(self, i):
-        scene, window = Scene(self.seed, i), self.window
-        clip = {"label": torch.tensor([scene.thing])}
-
-        if "video" in self.modalities:
-            times = (np.arange(window.frames) + 0.5) * window.step
-            clip["video"] = torch.from_numpy(scene.pictures(times, window.size))
-        if "audio" in self.modalities:
-            clip["audio"] = log_mel(torch.from_numpy(scene.sound(window.seconds)), window.mels)
-        return clip
+        _, i, _ = key
+        clip = generated(self.seed, i, self.window, tuple(self.modalities))
+        return clip | {"index": i, "bad": []}
 
 
 # ---------------------------------------------------------------------------------------------
 # python data.py check, python data.py prepare
 
 
-class Check(Dataset):
+@dataclass
+class Check:
     """(verdict, reason, 0) of each clip: "bad" as training says, "warning" if it is used all the
     same."""
 
-    def __init__(self, clips):
-        self.clips, self.index = clips, clips.index
-
-    def __len__(self):
-        return len(self.index)
+    clips: Clips
 
     def __getitem__(self, i):
         try:
@@ -1327,22 +1294,21 @@ class Check(Dataset):
         return "warning" if warnings else "", warnings, 0
 
     def warnings(self, i):
-        clip, window = self.clips.read(i), self.clips.window
-        with Media(self.index.path(i), self.clips.modalities) as media:
-            media.deadline = math.inf
-            begin, end = segment_of(media, *self.index.segment(i))
+        clip, window, index = self.clips.read(i), self.clips.window, self.clips.index
+        with opened(index.path(i), self.clips.modalities, index.segment(i), math.inf) as media:
+            length = media.end - media.begin
+            if length < max(window.video_seconds, window.seconds) - 1e-3:
+                yield f"shorter than a window ({length:.2f} s)"
 
-            if end - begin < max(window.video_seconds, window.seconds) - 1e-3:
-                yield f"shorter than a window ({end - begin:.2f} s)"
             if "audio" in clip and (clip["audio"] <= math.log(2 * MEL_OFFSET)).all():
                 yield "silent"
             if "video" in clip and (clip["video"] == clip["video"][:1]).all():
                 yield "still picture"
 
             try:
-                for stream in filter(None, (media.video, media.audio)):
-                    for at, frame in media.decode(stream, begin):
-                        if at > end:
+                for stream in media.streams:
+                    for at, frame in media.decode(stream, media.begin):
+                        if at > media.end:
                             break
                         if isinstance(frame, av.Packet):
                             frame.decode()
@@ -1357,15 +1323,14 @@ PREPARED_SIDE = 256  # short side, pixels
 QUALITY = 5  # JPEG quantizer, 2 (best) to 31: what one core still reads 50 clips/s of
 
 
-class Prepare(Dataset):
+@dataclass
+class Prepare:
     """Re-encodes each clip of an Index: frames as JPEG, sound as 16 kHz PCM.
     -> ("bad" or "", reason, bytes)"""
 
-    def __init__(self, index, target, quality=QUALITY):
-        self.index, self.target, self.quality = index, pathlib.Path(target), quality
-
-    def __len__(self):
-        return len(self.index)
+    index: Index
+    target: str
+    quality: int = QUALITY
 
     def __getitem__(self, i):
         path = self.path(i)
@@ -1375,11 +1340,9 @@ class Prepare(Dataset):
         path.parent.mkdir(parents=True, exist_ok=True)
 
         try:
-            with Media(self.index.path(i), ()) as media:
-                media.deadline = math.inf
-                segment = segment_of(media, *self.index.segment(i))
+            with opened(self.index.path(i), (), self.index.segment(i), math.inf) as media:
                 with av.open(str(partial), "w", format="matroska") as container:
-                    encode(media, container, *segment, self.quality)
+                    encode(media, container, self.quality)
             os.replace(partial, path)
 
         except ClipError as error:
@@ -1395,67 +1358,61 @@ class Prepare(Dataset):
         path = pathlib.PurePath(os.fsdecode(self.index.names[i]))
         start, end, _ = self.index.segment(i)
         cut = "" if math.isnan(start) else f"_{_ms(start)}_{_ms(end)}"
-        return self.target / path.with_name(path.stem + cut + ".mkv")
+        return pathlib.Path(self.target, path.with_name(path.stem + cut + ".mkv"))
 
 
-def encode(media, container, begin, end, quality):
-    """Writes the part of a file between two times, s."""
+def encode(media, container, quality):
+    """Writes a part of a file to another."""
     # all streams exist before anything is written
-    picture = media.video and container.add_stream("mjpeg", rate=PREPARED_RATE)
-    sound = media.audio and container.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
+    quantizer = {"qmin": str(quality), "qmax": str(quality)}
+    picture = media.video and container.add_stream("mjpeg", PREPARED_RATE, options=quantizer)
+    sound = media.audio and container.add_stream("pcm_s16le", SAMPLE_RATE, layout="mono")
+
     if picture:
-        picture.options = {"qmin": str(quality), "qmax": str(quality)}
-        encode_picture(media, container, picture, begin, min(end, media.length(media.video)))
+        count = (min(media.end, media.length(media.video)) - media.begin) * PREPARED_RATE
+        times = media.begin + np.arange(max(1, math.ceil(count - 1e-6))) / float(PREPARED_RATE)
+        for k, image in enumerate(media.frames(times, resizing(0, PREPARED_SIDE))):
+            if k == 0:
+                picture.height, picture.width, _ = image.shape
+                picture.pix_fmt = "yuvj420p"
+
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = k, 1 / PREPARED_RATE
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+
     if sound:
-        encode_sound(media, container, sound, begin, end)
+        samples = media.samples(media.begin, media.end)
+        there = np.flatnonzero(~np.isnan(samples))
+        if len(there):
+            samples = (samples[there[0] : there[-1] + 1].clip(-1, 1) * 32767).astype(np.int16)
+
+            frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+            frame.pts, frame.sample_rate = int(there[0]), SAMPLE_RATE
+            frame.time_base = Fraction(1, SAMPLE_RATE)
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
 
 
-def encode_picture(media, container, stream, begin, end):
-    size = resizing(0, PREPARED_SIDE)
-    height, width, _ = next(media.frames(np.array([begin]), size)).shape  # upright
-    stream.width, stream.height, stream.pix_fmt = width, height, "yuvj420p"
-
-    count = max(1, math.ceil((end - begin) * PREPARED_RATE - 1e-6))
-    times = begin + np.arange(count) / float(PREPARED_RATE)
-    for k, image in enumerate(media.frames(times, size)):
-        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-        frame.pts, frame.time_base = k, 1 / PREPARED_RATE
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-
-
-def encode_sound(media, container, stream, begin, end):
-    samples = media.samples(begin, end)
-    there = np.flatnonzero(~np.isnan(samples))
-    if len(there):
-        samples = (samples[there[0] : there[-1] + 1].clip(-1, 1) * 32767).astype(np.int16)
-
-        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-        frame.sample_rate, frame.time_base = SAMPLE_RATE, Fraction(1, SAMPLE_RATE)
-        frame.pts = int(there[0])
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode(None))
-
-
-def _go_through(job, workers, estimate=False):
+def _go_through(job, index, workers):
     """Runs a job on each clip, by worker processes, and says which clips are not as they should be
     -> {verdict: count}, bytes."""
     verdicts, size = collections.Counter(), 0
-    results = tqdm(Workers(job, workers, batch_size=None), total=len(job), disable=None)
-    for i, (verdict, reason, more) in enumerate(results):
+    results = Workers(job, workers, batch_size=None, sampler=range(len(index)))
+    for i, (verdict, reason, more) in enumerate(tqdm(results, disable=None)):
         verdicts[verdict] += 1
         size += more
 
         if verdict:
-            tqdm.write(f"{verdict}: {job.index.name(i)}: {reason}")
-        if estimate and i in (9, 99, 999):
-            tqdm.write(f"about {size / (i + 1) * len(job) / 1e9:.2f} GB in all")
+            tqdm.write(f"{verdict}: {index.name(i)}: {reason}")
+        if size and i in (9, 99, 999):
+            tqdm.write(f"about {size / (i + 1) * len(index) / 1e9:.2f} GB in all")
     return verdicts, size
 
 
 def check(index, window, workers, modalities=MODALITIES):
     """Prints the clips that are bad or odd, and a summary; returns how many are bad."""
-    verdicts, _ = _go_through(Check(Clips(index, window, modalities)), workers)
+    verdicts, _ = _go_through(Check(Clips(index, window, modalities)), index, workers)
     print(f"{len(index)} clips: {verdicts['']} fine, {verdicts['warning']} used with a warning, "
           f"{verdicts['bad']} bad")
     return verdicts["bad"]
@@ -1463,7 +1420,13 @@ def check(index, window, workers, modalities=MODALITIES):
 
 def prepare(index, target, quality, workers):
     """Re-encodes all clips of an Index to `target`; returns how many are bad."""
-    verdicts, size = _go_through(Prepare(index, target, quality), workers, estimate=True)
+    stems = {}
+    for name in sorted(set(map(os.fsdecode, index.names))):
+        other = stems.setdefault(os.path.splitext(name)[0], name)
+        if other != name:
+            raise UserError(f"{other} and {name} would become one file: rename one of them")
+
+    verdicts, size = _go_through(Prepare(index, target, quality), index, workers)
     print(f"{verdicts['']} of {len(index)} clips in {target}, {size / 1e9:.3f} GB; "
           f"{verdicts['bad']} bad")
     return verdicts["bad"]
@@ -1471,8 +1434,9 @@ def prepare(index, target, quality, workers):
 
 def one_sentence(kind, error, trace):
     """For sys.excepthook: what the user or a full disk causes is told in a sentence."""
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if isinstance(error, UserError) or full:
+    if isinstance(error, BrokenPipeError):  # of `| head`: nor is it told at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENOSPC:
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -503,8 +503,9 @@ if __name__ == "__main__":
     start, best = saved["step"], saved.get("best", -1.0)
 
     net = run.wrap(model)
+    rows = range(run.rank * run.local, (run.rank + 1) * run.local)  # of the global batch
     loader = run.load(train, data.Batches(
-        len(train), args.batch, args.seed, start, steps, run.rank, run.world, micro=run.micro))
+        len(train), args.batch, args.seed, range(start, steps), rows, micro=run.micro))
     log = Log(run, train, loader, ["loss"], start, steps, steps_per_epoch)
 
     warmup = args.warmup * steps_per_epoch

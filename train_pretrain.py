@@ -857,9 +857,10 @@ if __name__ == "__main__":
         start_from(model, args.init, run, **assume)
 
     net = run.wrap(model)
+    rows = slice(run.rank * run.local, (run.rank + 1) * run.local)
     loader = run.load(train, data.Batches(
-        len(train), args.batch, args.seed, start, steps, run.rank, run.world, micro=run.micro,
-        repeat=args.repeat))
+        len(train), args.batch, args.seed, range(start, steps), range(args.batch)[rows],
+        micro=run.micro, repeat=args.repeat))
     names = ["loss", *(f"loss_{name_of(pair)}" for p in model.config.passes for pair in p.items())]
     log = Log(run, train, loader, names, start, steps, steps_per_epoch)
 
@@ -882,7 +883,6 @@ if __name__ == "__main__":
     # The loop
 
     batches = iter(loader)  # this process's clips, --micro-batch at a time
-    rows = slice(run.rank * run.local, (run.rank + 1) * run.local)
 
     for step in log.count_steps():
         ids = run.to_device(masks_of(model, args, step, rows))  # {m: (local, V)}, {m: (local, M)}
@@ -924,7 +924,7 @@ if __name__ == "__main__":
     avmae.require(errors or not args.eval, "none of the held-out clips can be read")
     if run.rank == 0 and errors:
         # The best constant, estimated on the CPU from up to 512 training and 256 held-out clips.
-        sample = data.Batches(len(train), min(64, len(train)), args.seed, 0, 8)
+        sample = data.Batches(len(train), min(64, len(train)), args.seed, range(8))
         some = data.in_order(min(256, len(held_out)), 16)
         constant = constant_error(
             model.cpu(), run.load(train, sample, "cpu"), run.load(held_out, some, "cpu"))

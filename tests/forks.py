@@ -7,7 +7,6 @@ last worker process that it started is ("worker"), when its "log" has three step
 """
 
 import atexit
-import functools
 import json
 import os
 import pathlib
@@ -26,18 +25,12 @@ import train_pretrain
 LATER = DeprecationWarning, FutureWarning  # what they warn of is an error in a run
 
 
-@functools.cache
-def made(seed, i, window, modalities, make=data.Builtin.make):
-    """A built-in clip; those that most runs need are made before the first."""
-    return make(data.Builtin(1, window, seed, modalities), i)
-
-
 def prepare():
-    data.Builtin.make = lambda self, i: made(self.seed, i, self.window, tuple(self.modalities))
+    """Makes the built-in clips that most runs need before the first; each fork has them."""
     window = train_pretrain.window_of(train_pretrain.parse_args([]))
     for seed, count in (0, 40), (1_000_000, train_pretrain.HELD_OUT), (2_000_000, 64):
         for i in range(count):
-            made(seed, i, window, tuple(data.MODALITIES))
+            data.generated(seed, i, window, data.MODALITIES)
 
 
 def start(job, rank):

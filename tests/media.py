@@ -23,45 +23,38 @@ def write(
     """
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        screen = sound = None
-        if title:
-            container.metadata["title"] = title
+        container.metadata.update({"title": title} if title else {})
+        screen = video and container.add_stream(codec, Fraction(fps).limit_denominator(100_000))
+        sound = audio and container.add_stream(audio_codec, rate, layout=layout)
+
         if video:
-            screen = container.add_stream(codec, rate=Fraction(fps).limit_denominator(100_000))
             screen.width, screen.height = size
             screen.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             screen.codec_context.time_base = Fraction(1, 60_000)
             screen.options = {"crf": str(crf), "g": "50"} if codec == "libx264" else {}
-        if audio:
-            sound = container.add_stream(audio_codec, rate=rate, layout=layout)
-        if video:
+
             for t in np.arange(round(seconds * fps)) / fps if times is None else times:
                 image = np.full((size[1], size[0], 3), round(16 + FINE * (t % 1)), np.uint8)
                 image[: size[1] // 2] = round(16 + COARSE * t)
-                image = image if picture is None else picture(t)
-                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame = av.VideoFrame.from_ndarray(picture(t) if picture else image, format="rgb24")
                 frame.pts, frame.time_base = round((t + start) * 60_000), Fraction(1, 60_000)
                 container.mux(screen.encode(frame))
             container.mux(screen.encode(None))
+
         if audio:
-            length = seconds if audio_seconds is None else audio_seconds
-            wave = np.zeros(round(length * rate), np.float32)
-            for click in clicks:
-                first = round((click - audio_start) * rate)
-                if 0 <= first < len(wave):
-                    wave[first : first + rate // 250] = loudness * (-1) ** (
-                        np.arange(rate // 250)[: len(wave) - first] // 8)
-            frame_format = {"pcm_s16le": "s16", "pcm_f32le": "flt"}.get(audio_codec, "fltp")
+            wave = np.zeros(round((audio_seconds or seconds) * rate), np.float32)
+            for first in (round((click - audio_start) * rate) for click in clicks):
+                if first >= 0:
+                    part = wave[first : first + rate // 250]
+                    part[:] = loudness * (-1) ** (np.arange(len(part)) // 8)
+
+            kind = {"pcm_s16le": "s16", "pcm_f32le": "flt"}.get(audio_codec, "fltp")
+            wave = (wave * 32767).astype(np.int16) if kind == "s16" else wave
             for k in range(0, len(wave), 1024):
-                part = wave[k : k + 1024]
-                if frame_format == "fltp":
-                    block = np.repeat(part[None], sound.channels, 0)
-                else:
-                    block = np.repeat(part[:, None], sound.channels, 1).reshape(1, -1)
-                if frame_format == "s16":
-                    block = (block * 32767).astype(np.int16)
+                block = np.repeat(wave[None, k : k + 1024], sound.channels, 0)
+                block = block if kind == "fltp" else block.T.reshape(1, -1)
                 frame = av.AudioFrame.from_ndarray(
-                    np.ascontiguousarray(block), format=frame_format, layout=layout)
+                    np.ascontiguousarray(block), format=kind, layout=layout)
                 frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
                 frame.pts = k + round((start + audio_start + gap * (k >= rate)) * rate)
                 container.mux(sound.encode(frame))
@@ -79,7 +72,4 @@ def times_of(video):
 def clicks_of(sound):
     """Onsets in a waveform (S,) at 16 kHz, s."""
     loud = np.flatnonzero(np.abs(sound) > 0.25)
-    return (
-        loud[np.flatnonzero(np.diff(loud, prepend=-10_000) > 1600)] / 16_000
-        if len(loud)
-        else np.zeros(0))
+    return loud[np.diff(loud, prepend=-10_000) > 1600] / 16_000
