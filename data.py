@@ -1051,12 +1051,13 @@ class Batches:
     (k+1)*batch. So each pass has each clip once, whatever the number of processes, and a batch may
     span passes. An epoch counts rows: with repeat R, one pass over all clips takes R epochs.
 
-    Yields lists of keys (pass, i, draw): this process's rows of a batch, `micro` at a time.
+    Yields lists of keys (pass, i, draw): of the batch of each of `steps` (a range) the `rows` of
+    this process (a range; None: all), `micro` at a time.
     """
 
-    def __init__(self, count, batch, seed, start, stop, rank=0, world=1, micro=0, repeat=1):
-        self.count, self.batch, self.seed, self.steps = count, batch, seed, range(start, stop)
-        self.rows = range(rank * batch // world, (rank + 1) * batch // world)
+    def __init__(self, count, batch, seed, steps, rows=None, micro=0, repeat=1):
+        self.count, self.batch, self.seed, self.steps = count, batch, seed, steps
+        self.rows = range(batch) if rows is None else rows
         self.micro, self.repeat = micro or len(self.rows), repeat
 
     def __len__(self):
