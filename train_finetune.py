@@ -13,14 +13,13 @@ import csv
 import json
 import math
 import os
-import pathlib
 import sys
 from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import avmae
 import data
@@ -100,21 +99,19 @@ def parse_args(argv=None):
     args = train_pretrain.parse(__doc__, GROUPS, PRESETS, CHOICES, argv)
     folder = "runs/finetune" if args.preset == "demo" else f"runs/finetune-{args.preset}"
     args.out = args.out or ("runs/eval" if args.eval else folder)
-    train_pretrain.check_args(args)
-    if (args.predict or args.embed) and not args.eval:
-        raise data.UserError("--predict and --embed need a checkpoint: --eval FILE")
+    avmae.require(
+        args.eval or not (args.predict or args.embed),
+        "--predict and --embed need a checkpoint: --eval FILE")
     return args
 
 
 def config_of(args, num_classes, task="single", sources=()):
     """The classifier's config; what pretrained models decide comes from the first of `sources`."""
     size, first = SIZES[args.size], sources[0].config if sources else avmae.PretrainConfig()
-    modalities = modalities_of(args)
-    if sources:  # normalized as in pretraining
-        modalities = {
-            m: replace(x, mean=first.modalities[m].mean, std=first.modalities[m].std)
-            if m in first.modalities else x
-            for m, x in modalities.items()}
+    known = first.modalities if sources else {}  # those are normalized as in pretraining
+    modalities = {
+        m: replace(x, mean=known.get(m, x).mean, std=known.get(m, x).std)
+        for m, x in modalities_of(args).items()}
 
     mbt = args.model == "mbt"
     return avmae.ClassifierConfig(
@@ -265,14 +262,15 @@ def metrics_of(task, logits, labels, num_classes):
     def hit(x, label, k=1):
         return (x.topk(min(k, x.shape[-1]), -1).indices == label[..., None]).any(-1)
 
+    if task == "many":
+        return ranking_metrics(logits, targets_of(task, labels, num_classes).bool())
+
     if task == "epic":
         heads = logits.split(num_classes, -1)
         verb, noun = (hit(x, labels[:, i]) for i, x in enumerate(heads))
         found = {"action": verb & noun, "verb": verb, "noun": noun}
     elif task == "ave":
         found = {"segment accuracy": hit(logits, labels)}
-    elif task == "many":
-        return ranking_metrics(logits, targets_of(task, labels, num_classes).bool())
     else:
         found = {f"top-{k}": hit(logits, labels[:, 0], k) for k in (1, 5)}
 
@@ -296,22 +294,25 @@ def ranking_metrics(logits, target):
 
 
 def load_classifier(path, run, num_classes=(), names=()):
-    """A finetuned model, and what else is in its file. UserError if it knows other classes."""
-    saved = avmae.load_checkpoint(path, **FOREIGN)
-    model = avmae.load_model(path, **FOREIGN)
-    for note in model.notes:
-        run.print(f"{path}: {note}")
+    """A finetuned model, how its labels are meant and their names; of a foreign one, a guess and
+    numbers. UserError if it is none, or knows other classes than are given."""
+    saved, model = avmae.load_checkpoint(path, **FOREIGN), run.load_model(path, **FOREIGN)
+    avmae.require(
+        isinstance(model, avmae.Classifier),
+        f"{path} is a pretrained model and knows no labels: finetune it with --init")
 
-    if not isinstance(model, avmae.Classifier):
-        raise data.UserError(
-            f"{path} is a pretrained model and knows no labels: finetune it with --init")
     known = model.config.num_classes
-    if num_classes and sum(known) != sum(num_classes):
-        raise data.UserError(
-            f"{path} tells {sum(known)} classes apart, these clips have {sum(num_classes)}")
-    if names and json.dumps(saved.get("names", names)) != json.dumps(names):
-        raise data.UserError(f"{path} knows other classes than these clips have")
-    return model, saved
+    avmae.require(
+        not num_classes or sum(known) == sum(num_classes),
+        f"{path} tells {sum(known)} classes apart, these clips have {sum(num_classes)}")
+    avmae.require(
+        not names or json.dumps(saved.get("names", names)) == json.dumps(names),
+        f"{path} knows other classes than these clips have")
+
+    numbers = [[str(i) for i in range(count)] for count in known]
+    guess = "epic" if len(known) > 1 else "many" if known == (527,) else "single"
+    task = saved.get("task", guess)
+    return model, task, saved.get("names", numbers if task == "epic" else numbers[0])
 
 
 def make_classifier(args, run, task, num_classes):
@@ -320,10 +321,11 @@ def make_classifier(args, run, task, num_classes):
     for given in args.init:
         named = "=" in given and not os.path.exists(given)  # a path may have one, too
         stream, path = given.split("=", 1) if named else (None, given)
-        source = avmae.load_model(path, **FOREIGN)
-        if not isinstance(source, avmae.AVMAE):
-            raise data.UserError(f"{path} is a finetuned model: --init takes pretrained ones")
 
+        source = run.load_model(path, **FOREIGN)
+        avmae.require(
+            isinstance(source, avmae.AVMAE),
+            f"{path} is a finetuned model: --init takes pretrained ones")
         own = [m for m in source.config.modalities if m in args.modalities]
         sources.append(([stream] if stream else own if len(args.init) > 1 else None, path, source))
 
@@ -332,8 +334,7 @@ def make_classifier(args, run, task, num_classes):
     for streams, path, source in sources:
         taken, rest = avmae.transfer(source, model, streams)
         fresh = {name: fresh[name] for name in rest if name in fresh}
-        for line in (*source.notes, f"taken: {', '.join(taken)}"):
-            run.print(f"{path}: {line}")
+        run.print(f"{path}: taken: {', '.join(taken)}")
 
     run.print(f"fresh   {', '.join(fresh) if sources else 'everything'}")
     if args.model == "probe":
@@ -346,7 +347,6 @@ def make_classifier(args, run, task, num_classes):
 # Evaluation
 
 
-@torch.no_grad()
 def predict(model, inputs, views):
     """Mean logits over modalities and views; inputs {m: (B, views, ...)}, {m: (B, ...)} if one."""
     if views > 1:
@@ -355,42 +355,45 @@ def predict(model, inputs, views):
     return logits.unflatten(0, (-1, views)).mean(1) if views > 1 else logits
 
 
-def evaluate(model, clips, run):
-    """All readable test clips in order, on each process: index (N,), logits, labels, unreadable."""
-    model.eval()
-    args, rows = run.args, []
-    size = max(1, (args.micro_batch or 16) // args.views)
-    loader = run.load(clips, data.in_order(len(clips), size, run.rank, run.world))
+@torch.no_grad()
+def collect(clips, run, function):
+    """What a function of inputs {m: (B, ...)} says, {name: (B, ...)}, of all clips that can be
+    read, in order and on every process -> {name: (N, ...)}, with "index" and "label"; and how many
+    clips cannot. UserError if none can."""
+    loader, rows = run.load(clips), []
 
     for batch in loader:
-        inputs = {m: batch[m] for m in model.config.modalities}
-        with run.autocast():
-            logits = predict(model, inputs, args.views).cpu()
-        rows.append((batch["index"], logits, batch["label"].cpu()))
+        with run.autocast:
+            found = function({m: batch[m] for m in run.args.modalities})
+        found |= {name: batch[name] for name in ("index", "label")}
+        rows.append({name: x.cpu() for name, x in found.items()})
 
-    model.train()
-    parts = run.gather((rows, loader.bad))
-    rows, bad = sum((r for r, _ in parts), []), {k: v for _, b in parts for k, v in b.items()}
-    if not rows:
-        raise data.UserError("none of the test clips can be read")
-    index, logits, labels = (torch.cat(x) for x in zip(*rows))
-    order = index.argsort()
-    return index[order], logits[order], labels[order], bad
+    rows, bad = zip(*run.gather((rows, loader.bad)))
+    rows, bad = sum(rows, []), set().union(*bad)
+    avmae.require(rows, "none of the clips can be read")
+    found = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    order = found["index"].argsort()
+    return {name: x[order] for name, x in found.items()}, len(bad)
 
 
 def test_all(model, clips, run, task, names):
     """Metrics of all test clips, printed and in results.json, and predictions.csv -> metrics."""
-    index, logits, labels, bad = evaluate(model, clips, run)
-    num_classes = model.config.num_classes
-    metrics = metrics_of(task, logits, labels, num_classes)
-    figures = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-    run.print(f"{figures} of {len(index)} clips, {len(bad)} unreadable")
+    model.eval()
+    found, unreadable = collect(
+        clips, run, lambda inputs: {"logits": predict(model, inputs, run.args.views)})
+    model.train()
 
+    index, logits, num_classes = found["index"].tolist(), found["logits"], model.config.num_classes
+    metrics = metrics_of(task, logits, found["label"], num_classes)
+    figures = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+    run.print(f"{figures} of {len(index)} clips, {unreadable} unreadable")
+
+    run.write("results.json", {
+        "metrics": metrics, "clips": len(index), "unreadable": unreadable,
+        "settings": vars(run.args)})
     if run.rank == 0:
-        results = {"metrics": metrics, "clips": len(index), "unreadable": len(bad)}
-        run.write("results.json", results)
         with open(run.out / "predictions.csv", "w", newline="") as file:
-            for i, x in zip(index.tolist(), logits):
+            for i, x in zip(index, logits):
                 pairs = sum(top_labels(x, task, num_classes, names), [])
                 csv.writer(file).writerow([clips.name(i), *(cell for p in pairs for cell in p)])
 
@@ -409,6 +412,7 @@ def top_labels(logits, task, num_classes, names, top=5):
     return tops
 
 
+@torch.no_grad()
 def predict_file(model, run, task, names):
     """Prints the labels of the file --predict; by its picture alone where it has no sound."""
     args = run.args
@@ -420,48 +424,32 @@ def predict_file(model, run, task, names):
     clip = read(args.modalities)
     silent = "audio" in clip and bool((clip["audio"] <= math.log(2 * data.MEL_OFFSET)).all())
     if (clip["bad"] or silent) and len(args.modalities) == 2:
-        run.print(f"{args.predict}: {clip['bad'][0][1] if clip['bad'] else 'silent'}; "
-                  "the picture alone is used")
+        why = clip["bad"][0][1] if clip["bad"] else "silent"
+        run.print(f"{args.predict}: {why}; the picture alone is used")
         clip = read(("video",))
     if clip["bad"]:
-        raise data.UserError(f"{args.predict}: {clip['bad'][0][1]}")
+        raise avmae.UserError(f"{args.predict}: {clip['bad'][0][1]}")
 
-    inputs = run.to_device({m: clip[m][None] for m in args.modalities if m in clip})
-    with run.autocast():
+    inputs = {m: clip[m][None].to(run.device) for m in args.modalities if m in clip}
+    with run.autocast:
         logits = predict(model.to(run.device).eval(), inputs, args.views)[0].cpu()
     for top in top_labels(logits, task, model.config.num_classes, names):
         run.print("  ".join(f"{name} {score:.3f}" for name, score in top))
 
 
-@torch.no_grad()
 def embed(model, run):
     """Writes an npz: names (N,), and of each modality the pooled features (N, D) of all clips."""
-    args, model = run.args, model.to(run.device).eval()
-    index = data.find_clips(args.data, args.modalities)
-    clips = data.Clips(index, window_of(args), args.modalities)
-    rows = {"names": []}
+    args, model = run.args, model.to(run.device)
+    clips = data.Clips(
+        data.find_clips(args.data, args.modalities), window_of(args), args.modalities)
+    found, _ = collect(
+        clips, run, lambda inputs: {m: x.float() for m, x in model.features(inputs).items()})
 
-    for batch in run.load(clips, data.in_order(len(clips), 16, run.rank, run.world)):
-        rows["names"] += [clips.name(i) for i in batch["index"].tolist()]
-        with run.autocast():
-            features = model.features({m: batch[m] for m in args.modalities})
-        for m, x in features.items():
-            rows.setdefault(m, []).extend(x.float().cpu().numpy())
-
-    parts = [part for part in run.gather(rows) if part["names"]]
-    if not parts:
-        raise data.UserError("none of the clips can be read")
     if run.rank == 0:
-        np.savez(args.embed, **{k: np.concatenate([part[k] for part in parts]) for k in parts[0]})
+        names = [clips.name(i) for i in found["index"].tolist()]
+        features = {m: x.numpy() for m, x in found.items() if m in args.modalities}
+        np.savez(args.embed, names=names, **features)
     run.print(f"wrote {args.embed}")
-
-
-def labels_of(saved, model):
-    """How a checkpoint's labels are meant, and their names; else a guess, and numbers."""
-    counts = model.config.num_classes
-    guess = "epic" if len(counts) > 1 else "many" if counts == (527,) else "single"
-    numbers = tuple(tuple(map(str, range(count))) for count in counts)
-    return saved.get("task", guess), saved.get("names", numbers if len(counts) > 1 else numbers[0])
 
 
 if __name__ == "__main__":
@@ -470,11 +458,11 @@ if __name__ == "__main__":
     run = Run(args)
 
     if args.embed:
-        embed(avmae.load_model(args.eval, **FOREIGN), run)
+        embed(run.load_model(args.eval, **FOREIGN), run)
         run.end()
     if args.predict:
-        model, saved = load_classifier(args.eval, run)
-        predict_file(model, run, *labels_of(saved, model))
+        model, task, names = load_classifier(args.eval, run)
+        predict_file(model, run, task, names)
         run.end()
 
     # -----------------------------------------------------------------------------------------
@@ -484,28 +472,24 @@ if __name__ == "__main__":
     train, test, task, names = clips_of(args)
     num_classes = (97, 300) if task == "epic" else (len(names),)  # 97 verbs, 300 nouns
     if args.eval:
-        model, _ = load_classifier(args.eval, run, num_classes, names)
+        model, *_ = load_classifier(args.eval, run, num_classes, names)
     else:
         model = make_classifier(args, run, task, num_classes)
 
     steps_per_epoch = max(1, len(train) // args.batch)
     steps = 0 if args.eval else args.epochs * steps_per_epoch  # an evaluation is a run of no steps
-    run.say(model, (len(train), len(test)), steps, steps_per_epoch)
-    if args.dry_run:
-        run.end_dry(model.config)
+    run.say(model, train, test, steps, steps_per_epoch)  # with --dry-run, the end
 
     # -----------------------------------------------------------------------------------------
     # Optimizer, and where we are
 
     model.to(run.device).train()
     optimizer = make_optimizer(model, args)
-    saved = {"step": 0} if args.eval else run.resume(model, optimizer)
+    saved = run.resume(model, optimizer)
     start, best = saved["step"], saved.get("best", -1.0)
 
-    net = run.wrap(model)
-    rows = range(run.rank * run.local, (run.rank + 1) * run.local)  # of the global batch
-    loader = run.load(train, data.Batches(
-        len(train), args.batch, args.seed, range(start, steps), rows, micro=run.micro))
+    net = run.wrap(model)  # the same model, compiled and in DDP if asked for
+    loader = run.load(train, steps=range(start, steps))
     log = Log(run, train, loader, ["loss"], start, steps, steps_per_epoch)
 
     warmup = args.warmup * steps_per_epoch
@@ -532,27 +516,29 @@ if __name__ == "__main__":
     # -----------------------------------------------------------------------------------------
     # The loop
 
-    batches = iter(loader)
-    for step in log.count_steps():
+    batches = iter(loader)  # of each step the rows of this process, --micro-batch at a time
+    left = range(start, steps)  # with a bar on the terminal of the first process
+    for step in tqdm(left, initial=start, total=steps, disable=run.rank > 0 or None):
         total, index = 0, []
 
-        for k in range(0, run.local, run.micro):
-            batch = next(batches)
-            inputs = {m: batch[m] for m in model.config.modalities}  # {m: (micro, T, ...)}
-            target = targets_of(task, batch["label"], num_classes)  # (micro, C)
-            part = (run.rank * run.local + k) // run.micro  # of the global batch
-            # With clips of the same pass; each modality has a weight, so labels {m: (micro, C)}.
-            inputs, labels = mixed(inputs, target, alpha, args.seed, step, part)
+        for first in run.rows[:: run.micro]:  # rows first to first + micro of the global batch
+            batch = next(batches)  # {video: (b, T, H, W, 3) bytes, audio: (b, T, F), label: (b, K)}
+            inputs = {m: batch[m] for m in model.config.modalities}
+            target = targets_of(task, batch["label"], num_classes)  # (b, C)
             index.append(batch["index"])
+
+            # Each modality is mixed with a weight of its own, and has its own labels {m: (b, C)}.
+            part = first // run.micro  # clips are mixed with clips of the same pass
+            inputs, labels = mixed(inputs, target, alpha, args.seed, step, part)
 
             # DropPath's draws; here, since a loader that starts draws from torch, too.
             torch.manual_seed((args.seed * 1_000_003 + step) * args.batch + part)
-            with run.exchange(net, last=k + run.micro == run.local):  # DDP's no_sync, but for it
-                with run.autocast():
-                    logits = net(inputs)  # {m: (micro, C)}
-                loss = classification_loss(logits, labels, kind, args.smoothing, heads)
-                (loss * run.micro / run.local).backward()
-            total = total + loss.detach() * run.micro / run.local
+            net.require_backward_grad_sync = first + run.micro == run.rows.stop  # DDP: in the last
+            with run.autocast:
+                logits = net(inputs)  # {m: (b, C)}
+            loss = classification_loss(logits, labels, kind, args.smoothing, heads)
+            (loss / run.passes).backward()
+            total = total + loss.detach() / run.passes
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
         rate = learning_rate(step, peak, warmup, steps)
@@ -562,16 +548,11 @@ if __name__ == "__main__":
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if log.note(step, total[None], norm, torch.cat(index)):  # every --log-every steps
-            log.report(rate)
+        if log.note(step, total[None], norm, torch.cat(index), rate):  # every --log-every steps
             if log.passed_epochs(args.eval_every):  # but for the last, which the end looks at
                 best = look(best)
-            if log.should_save():
-                run.save(
-                    model, "last.pt", optimizer=optimizer.state_dict(), step=log.done, best=best,
-                    task=task, names=names)
-            if log.stop:
-                log.end_stopped()
+            # Every --save-every minutes; if told to stop, then it ends.
+            log.save(model, optimizer, best=best, task=task, names=names)
 
     # -----------------------------------------------------------------------------------------
     # How well it classifies: a run that was not stopped ends here, one of no steps, too

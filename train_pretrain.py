@@ -18,11 +18,13 @@ import pathlib
 import signal
 import sys
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from einops import repeat
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid, save_image
@@ -108,25 +110,22 @@ CHOICES = {
     "encoder": tuple(avmae.PLANS), "decoder": tuple(avmae.PLANS), "objective": tuple(avmae.CONTEXT),
     "modalities": tuple(avmae.MODALITIES), "size": tuple(SIZES), "device": ("cuda", "mps", "cpu")}
 
+WHICH_CLIPS = {*DATA, "val", "val_annotations"}  # settings that may change on resume, as RUN's may
 FOREIGN = {"encoder": "shared"}  # for a foreign checkpoint alone, which does not say it
 WEIGHT_DECAY = 0.05  # as released; Table 20 prints 0
 HELD_OUT = 256  # built-in clips
 EVAL_BATCH = 16  # clips; fixed, so that held-out errors don't depend on the processes
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong flag in a sentence, without all flags above it."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; see --help\n")
-
-
 def parse(about, groups, presets, choices, argv=None):
-    """The settings of a command line, a namespace with tuples for lists."""
+    """The settings of a command line, a namespace with tuples for lists. UserError if a recipe for
+    real videos would be run on generated clips."""
     defaults = defaults_of(presets, argv)
-    parser = Parser(
+
+    parser = argparse.ArgumentParser(
         usage="%(prog)s [--preset NAME] [--FLAG VALUE ...]", description=about, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     parser.add_argument(
         "--preset", default=defaults["preset"], choices=presets, help="recipe of a data set [demo]")
 
@@ -137,69 +136,66 @@ def parse(about, groups, presets, choices, argv=None):
             shown = "" if used in ("", (), False) else f" [{used}]"
             group.add_argument(
                 "--" + name.replace("_", "-"), default=used, help=text + shown,
-                **kind_of(name, default, choices))
+                **kind_of(default, choices.get(name)))
 
-    args = vars(parser.parse_args(argv))
-    args["modalities"] = [m for m in avmae.MODALITIES if m in args["modalities"]]  # in any order
-    return argparse.Namespace(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        setattr(args, name, tuple(value) if isinstance(value, list) else value)
+    args.modalities = tuple(m for m in avmae.MODALITIES if m in args.modalities)  # in this order
+
+    avmae.require(
+        args.preset == "demo" or args.data or args.eval or args.dry_run,
+        f"--preset {args.preset} is for real videos: give --data FOLDER (and --annotations FILE), "
+        "or --dry-run to see what it would do")
+    return args
 
 
 def defaults_of(presets, argv):
     """What a preset says or, with --eval, the checkpoint: all of its settings but those of the run
     and, if --data is given, of the data."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="demo", choices=presets)
-    first.add_argument("--eval")
-    first.add_argument("--data")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in "--preset", "--eval", "--data":
+        first.add_argument(flag, nargs="?")
     known, _ = first.parse_known_args(argv)
 
-    defaults = {"preset": known.preset} | presets[known.preset]
+    preset = known.preset or "demo"
+    defaults = {"preset": preset} | presets.get(preset, {})
     if known.eval:
         saved = avmae.load_checkpoint(known.eval, **FOREIGN).get("settings", {})
-        own = {*RUN, "init"} | ({*DATA, "val", "val_annotations"} if known.data else set())
+        own = {*RUN, "init"} | (WHICH_CLIPS if known.data else set())
         defaults |= {k: v for k, v in saved.items() if k not in own}
     return defaults
 
 
-def kind_of(name, default, choices):
+def kind_of(default, choices):
     """What argparse needs to know of a setting besides its default."""
     if isinstance(default, bool):
         return {"action": argparse.BooleanOptionalAction}
     if not isinstance(default, tuple):
-        return {"type": type(default), "choices": choices.get(name)}
+        return {"type": type(default), "choices": choices}
 
     of = type(default[0]) if default else str
-    count = "+" if of is str else len(default)
-    return {"nargs": count, "type": of, "choices": choices.get(name)}
+    return {"type": of, "choices": choices, "nargs": "+" if of is str else len(default)}
 
 
 def parse_args(argv=None):
     args = parse(__doc__, GROUPS, PRESETS, CHOICES, argv)
     args.out = args.out or ("runs/eval" if args.eval else f"runs/{args.preset}")
-    check_args(args)
     return args
-
-
-def check_args(args):
-    """UserError if a recipe for real videos would be run on generated clips."""
-    if args.preset != "demo" and not (args.data or args.eval or args.dry_run):
-        raise data.UserError(
-            f"--preset {args.preset} is for real videos: give --data FOLDER (and --annotations "
-            "FILE), or --dry-run to see what it would do")
 
 
 def modalities_of(args):
     """The inputs of both scripts' models."""
     video_mean, video_std, audio_mean, audio_std = args.norm
-    video = replace(
-        avmae.VIDEO, shape=(args.frames, args.image, args.image), patch=args.tubelet,
-        mean=video_mean, std=video_std)
-    audio = replace(
-        avmae.AUDIO, shape=(round(100 * args.seconds), args.mels), patch=args.audio_patch,
-        mean=audio_mean, std=audio_std)
 
-    return {m: x for m, x in (("video", video), ("audio", audio)) if m in args.modalities}
+    modalities = {
+        "video": replace(
+            avmae.VIDEO, shape=(args.frames, args.image, args.image), patch=args.tubelet,
+            mean=video_mean, std=video_std),
+        "audio": replace(
+            avmae.AUDIO, shape=(round(100 * args.seconds), args.mels), patch=args.audio_patch,
+            mean=audio_mean, std=audio_std)}
+    return {m: modalities[m] for m in args.modalities}
 
 
 def window_of(args):
@@ -210,9 +206,8 @@ def window_of(args):
 def config_of(args):
     """The settings as the model's config."""
     encoder, decoder = SIZES[args.size]
-    modalities = {
-        m: replace(x, mask_ratio={"video": args.mask_video, "audio": args.mask_audio}[m])
-        for m, x in modalities_of(args).items()}
+    ratios = {"video": args.mask_video, "audio": args.mask_audio}
+    modalities = {m: replace(x, mask_ratio=ratios[m]) for m, x in modalities_of(args).items()}
 
     return avmae.PretrainConfig(
         modalities, encoder, decoder, args.encoder, args.decoder, args.objective, args.joint_layers,
@@ -223,10 +218,8 @@ def clips_of(args):
     """The clips to train on, and those held out."""
     window, modalities = window_of(args), args.modalities
     if not args.data:
-        count = round(args.clips * args.fraction)
-        return (
-            data.Builtin(count, window, args.seed, modalities),
-            data.Builtin(HELD_OUT, window, args.seed + 1_000_000, modalities))
+        train = data.Builtin(round(args.clips * args.fraction), window, args.seed, modalities)
+        return train, data.Builtin(HELD_OUT, window, args.seed + 1_000_000, modalities)
 
     clips = (
         data.read_annotations(args.annotations, args.data, "train", args.allow_outside, modalities)
@@ -236,11 +229,10 @@ def clips_of(args):
     held_out = data.find_clips(args.val, modalities) if args.val else clips.subset(held)
     train = data.fraction_of(clips if args.val else clips.subset(~held), args.fraction)
 
-    if not len(held_out):  # a single clip: errors and pictures are of what is trained on
-        held_out = clips
+    # Of a single clip one of the two is empty: it is held out and trained on.
     return (
-        data.Clips(train if len(train) else clips, window, modalities, data.Augment(), args.seed),
-        data.Clips(held_out, window, modalities))
+        data.Clips(train or clips, window, modalities, data.Augment(), args.seed),
+        data.Clips(held_out or clips, window, modalities))
 
 
 def learning_rate(step, peak, warmup, steps):
@@ -269,51 +261,46 @@ def name_of(pair):
 
 @torch.no_grad()
 def evaluate(model, clips, run):
-    """Held-out errors {(t, c): (error, error with another clip's other modality or None)}, each
-    the mean of Eq. 1 over clips, with the same targets and masks; and how many clips were read."""
+    """Held-out errors {(t, c): (error, error with another clip's other modality, or NaN)}, each the
+    mean of Eq. 1 over clips, with the same targets and masks; and how many clips were read."""
     model.eval()
-    batches = data.in_order(len(clips), EVAL_BATCH, run.rank, run.world)
     pairs = [pair for p in model.config.passes for pair in p.items()]
-    sums = torch.zeros(len(pairs), 2, 2, dtype=torch.float64)  # (own, swapped) x (error, clips)
+    sums = torch.zeros(len(pairs) + 1, 2, dtype=torch.float64)  # (own, swapped); last: clips
 
-    for batch in run.load(clips, batches):
+    for batch in run.load(clips):
         inputs, count = {m: batch[m] for m in model.config.modalities}, len(batch["index"])
         generator = torch.Generator().manual_seed(int(batch["index"][0]))
         ids = run.to_device(avmae.random_masking(model.config.modalities, count, generator))
 
-        with run.autocast():
-            losses = model(inputs, ids).losses
-            for k, (t, c) in enumerate(pairs):
-                sums[k, 0] += count * torch.tensor([losses[t, c].item(), 1])
-                if count > 1:
-                    others = {m: x if m == t else x.roll(1, 0) for m, x in inputs.items()}
-                    swapped = model(others, ids).losses[t, c].item()
-                    sums[k, 1] += count * torch.tensor([swapped, 1])
+        with run.autocast:
+            losses, found = model(inputs, ids).losses, []
+            for t, c in pairs:
+                others = {m: x if m == t else x.roll(1, 0) for m, x in inputs.items()}
+                swapped = model(others, ids).losses[t, c]
+                found.append([losses[t, c].item(), swapped.item()])
+        # A clip that is alone has no other.
+        sums += torch.tensor([count, count if count > 1 else 0]) * torch.tensor([*found, [1, 1]])
 
     model.train()
-    sums = run.sum(sums)
-    read, means = int(sums[0, 0, 1]), (sums[..., 0] / sums[..., 1]).tolist()
-    errors = {
-        pair: (own, None if math.isnan(swapped) else swapped)
-        for pair, (own, swapped) in zip(pairs, means)}
-    return errors if read else {}, read
+    sums = sum(run.gather(sums))
+    read = int(sums[-1, 0])
+    return dict(zip(pairs, (sums[:-1] / sums[-1]).tolist())) if read else {}, read
 
 
 @torch.no_grad()
 def constant_error(model, train, held_out):
     """Held-out error {m: error} of the best constant: each patch dimension's training mean."""
 
-    def targets(batches, m):
-        for batch in batches:
-            patches = model.config.modalities[m].patchify(batch[m])  # (B, N, P)
-            every = torch.arange(patches.shape[1]).expand(patches.shape[:2])
-            yield model.truth(m, patches, every).flatten(0, 1).double()  # (B N, P)
+    def truth(batch, m):
+        patches = model.config.modalities[m].patchify(batch[m].cpu())  # (B, N, P)
+        every = torch.arange(patches.shape[1]).expand(patches.shape[:2])
+        return model.truth(m, patches, every).flatten(0, 1).double()  # (B N, P)
 
     errors = {}
     for m in model.decoder_pred:
-        sums = [(x.sum(0), len(x)) for x in targets(train, m)]
-        mean = sum(x for x, _ in sums) / sum(count for _, count in sums)
-        squares = [(x - mean).square().mean(1) for x in targets(held_out, m)]
+        sums = [(x.sum(0), len(x)) for x in (truth(batch, m) for batch in train)]
+        total, count = map(sum, zip(*sums))
+        squares = [(truth(batch, m) - total / count).square().mean(1) for batch in held_out]
         errors[m] = torch.cat(squares).mean().item()
 
     return errors
@@ -326,12 +313,11 @@ def report(errors, constant):
 
     results = {}
     for (t, c), (error, swapped) in errors.items():
-        gain = None if swapped is None else 1 - error / swapped
-        results[name_of((t, c))] = {
-            "error": error, "of_constant": error / constant[t], "lower_than_swapped": gain}
-        print(
-            f"  {name_of((t, c)):18s} {error:.4f}   {error / constant[t]:.3f} of constant   "
-            + ("only one clip" if gain is None else f"{gain:7.2%}"))
+        name, share = name_of((t, c)), error / constant[t]
+        gain = None if math.isnan(swapped) else 1 - error / swapped
+        lower = "only one clip" if gain is None else f"{gain:7.2%}"
+        print(f"  {name:18s} {error:.4f}   {share:.3f} of constant   {lower}")
+        results[name] = {"error": error, "of_constant": share, "lower_than_swapped": gain}
 
     return results
 
@@ -340,35 +326,22 @@ def draw(model, inputs, path):
     """Writes PATH_NAME.png for each reconstruction. Of each clip three rows, time to the right:
     the original, what the encoder saw of it, and with the prediction; blue is what is missing."""
     ids = model.draw_ids(inputs, torch.Generator().manual_seed(0))  # the same at each look
-    for pair, clips in model.reconstruct(inputs, ids).items():
-        rows = torch.stack(clips, dim=1).cpu()  # (B, 3, T, ...)
-        picture = (video_rows if pair[0] == "video" else audio_rows)(rows)
-        picture = make_grid(picture, nrow=1, padding=2, pad_value=1)
-        save_image(picture, f"{path}_{name_of(pair)}.png")
-
-
-def video_rows(rows):
-    """(B, 3, T, H, W, 3) in [-1, 1] -> (3 B, 3, height, width), at most 8 frames side by side."""
-    rows = (rows[:, :, :: max(1, rows.shape[2] // 8)] + 1) / 2
-    zoom = max(1, 64 // rows.shape[3])
-
-    rows = rows.permute(0, 1, 5, 3, 2, 4).flatten(4).flatten(0, 1)  # (3 B, 3, H, T W)
-    return paint(torch.nn.functional.interpolate(rows, scale_factor=zoom))
-
-
-def audio_rows(rows):
-    """(B, 3, T, F) -> (3 B, 3, height, width), pitch up, each clip from its own low to its high."""
-    low, high = rows[:, :1].amin((2, 3), keepdim=True), rows[:, :1].amax((2, 3), keepdim=True)
-    rows = ((rows - low) / (high - low).clamp(min=1e-6)).transpose(2, 3).flip(2)
-
-    rows = rows.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)  # (3 B, 3, F, T)
-    return paint(torch.nn.functional.interpolate(rows, scale_factor=(2, 2)))
-
-
-def paint(rows):
-    """(K, 3, H, W) -> the same in [0, 1], with blue for NaN."""
     blue = torch.tensor([0.35, 0.45, 0.75]).view(3, 1, 1)
-    return torch.where(rows.isnan(), blue, rows.clamp(0, 1))
+
+    for pair, clips in model.reconstruct(inputs, ids).items():
+        x = torch.stack(clips, dim=1).cpu()  # (B, 3, T, ...), NaN is missing
+
+        if pair[0] == "video":  # (B, 3, T, H, W, 3) in [-1, 1]; at most 8 frames side by side
+            x, zoom = (x[:, :, :: max(1, x.shape[2] // 8)] + 1) / 2, max(1, 64 // x.shape[3])
+            x = repeat(x, "b r t h w c -> (b r) c (h y) (t w x)", y=zoom, x=zoom)
+        else:  # (B, 3, T, F), each clip from its own low to its high; pitch up
+            low, high = (f(x[:, :1], (2, 3), True) for f in (torch.amin, torch.amax))
+            x = ((x - low) / (high - low).clamp(min=1e-6)).flip(3)
+            x = repeat(x, "b r t f -> (b r) c (f y) (t x)", c=3, y=2, x=2)
+
+        x = torch.where(x.isnan(), blue, x.clamp(0, 1))  # (3 B, 3, height, width)
+        picture = make_grid(x, nrow=1, padding=2, pad_value=1)
+        save_image(picture, f"{path}_{name_of(pair)}.png")
 
 
 COLORS = ("#2a6fb0", "#c8452f", "#3a9a4b", "#8a5fb0", "#b08a2a", "#444444")
@@ -408,125 +381,140 @@ def draw_curves(curves, path, title=""):
 
 def one_sentence(kind, error, trace):
     """For sys.excepthook: what a user or a machine causes is told in one sentence."""
-    full = issubclass(kind, OSError) and error.errno == errno.ENOSPC
+    causes = (errno.ENOSPC, errno.EPIPE)  # the disk is full, or a pipe's reader has left, as head
+    outside = issubclass(kind, OSError) and error.errno in causes
 
-    if issubclass(kind, (avmae.UserError, data.UserError)) or full:
-        print(f"error: {error}", file=sys.stderr)
-    elif issubclass(kind, torch.OutOfMemoryError):
-        print(
-            "error: out of memory on the device: lower --micro-batch (mixup mixes within one), or "
-            f"give --checkpoint-activations; {str(error).splitlines()[0]}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def device_of(name):
-    """The device of this process, one GPU for each of torchrun's."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cuda":
-        return torch.device(name)
-
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
-        raise data.UserError(
-            f"process {local} of this machine has no GPU: {torch.cuda.device_count()} can be used. "
-            "Lower --nproc_per_node, or give --device cpu")
-    torch.cuda.set_device(local)
-    torch.set_float32_matmul_precision("high")
-    return torch.device("cuda", local)
+    if issubclass(kind, torch.OutOfMemoryError):
+        error = (
+            "out of memory on the device: lower --micro-batch (mixup mixes within one), or give "
+            f"--checkpoint-activations; {str(error).splitlines()[0]}")
+    elif not (outside or issubclass(kind, (avmae.UserError, data.UserError))):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"error: {error}", file=sys.stderr)
 
 
 class Run:
     """The processes of a run, torchrun's or this one alone, and its folder."""
 
     def __init__(self, args):
-        self.args, self.out, self.told = args, pathlib.Path(args.out), set()
+        self.args, self.out = args, pathlib.Path(args.out)
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
-        self.device = device_of(args.device)
-        cuda = self.device.type == "cuda"
-        self.bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.use(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
+        share = max(1, args.batch // self.world)
+        self.rows = range(self.rank * share, (self.rank + 1) * share)  # of the global batch
+        self.micro = args.micro_batch or share
+        self.passes = share // self.micro
+        avmae.require(
+            args.eval or self.world * self.passes * self.micro == args.batch,
+            f"a batch of {args.batch} is not divided by {self.world} processes x {self.micro} "
+            "clips a forward pass: change --batch or --micro-batch")
+
+    def use(self, device):
+        """Takes the device, or of several GPUs that of this process, and meets the others."""
+        self.device, self.name, self.bf16 = torch.device(device), device, False
+        if device == "cpu" and torch.version.cuda and not self.args.device:
+            self.name += " (no GPU can be used)"
+
+        if device == "cuda":
+            local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            avmae.require(
+                local < count,
+                f"process {local} of this machine has no GPU: {count} can be used. Lower "
+                "--nproc_per_node, or give --device cpu")
+            self.device, self.name = torch.device("cuda", local), torch.cuda.get_device_name(local)
+            self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+
+            torch.cuda.set_device(local)
+            torch.set_float32_matmul_precision("high")
+
+        self.autocast = torch.autocast("cuda", torch.bfloat16) if self.bf16 else nullcontext()
         if self.world > 1:
             dist.init_process_group(
-                "nccl" if cuda else "gloo", device_id=self.device if cuda else None)
-
-        self.local = max(1, args.batch // self.world)  # clips of a batch that are this process's
-        self.micro = args.micro_batch or self.local
-        if not args.eval and (args.batch % self.world or self.local % self.micro):
-            raise data.UserError(
-                f"a batch of {args.batch} is not divided by {self.world} processes x {self.micro} "
-                "clips a forward pass: change --batch or --micro-batch")
+                "nccl" if device == "cuda" else "gloo",
+                device_id=self.device if device == "cuda" else None)
 
     def print(self, line):
         """Prints a line once, not in every process, above the progress bar."""
         if self.rank == 0:
             tqdm.write(line)
+            sys.stdout.flush()  # to whatever it is piped into
 
-    def say(self, model, clips, steps, steps_per_epoch):
-        """What is going to happen, in five lines."""
-        args, device = self.args, self.device
-        name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-        if device.type == "cpu" and torch.version.cuda and not args.device:
-            name += " (no GPU can be used)"
-        train, held_out = clips
-        parameters = sum(p.numel() for p in model.parameters())
+    def say(self, model, train, held_out, steps, steps_per_epoch):
+        """What is going to happen, in five lines. With --dry-run also what else is to be known
+        before a run, and then the end."""
+        args, config = self.args, model.config
+        pretraining = isinstance(config, avmae.PretrainConfig)
+        kind = (
+            f"{config.encoder} encoder, {config.decoder} decoder, objective {config.objective}"
+            if pretraining
+            else f"{config.trunk} of {' and '.join(config.modalities)}")
 
-        self.print(f"device  {name}, {'bfloat16' if self.bf16 else 'float32'}")
-        self.print(f"model   {describe(model.config)}, {parameters:,} parameters")
-        self.print(f"clips   {train:,} to train on, {held_out:,} held out")
+        self.print(f"device  {self.name}, {'bfloat16' if self.bf16 else 'float32'}")
+        self.print(f"model   {kind}, {sum(p.numel() for p in model.parameters()):,} parameters")
+        self.print(f"clips   {len(train):,} to train on, {len(held_out):,} held out")
         self.print(
             f"steps   {steps:,}, {steps_per_epoch:,} an epoch; processes x passes x clips = "
-            f"{self.world} x {self.local // self.micro} x {self.micro} = {args.batch} a step")
+            f"{self.world} x {self.passes} x {self.micro} = {args.batch} a step")
         self.print(
             f"folder  {self.out}: last.pt, log.jsonl, settings.json, curves.svg, results.json")
 
-    def end_dry(self, config):
-        """Prints what else is to be known before a run, and ends."""
-        for m, modality in config.modalities.items():
-            masked = f", {modality.masked} masked" * isinstance(config, avmae.PretrainConfig)
-            self.print(f"{m}   {modality.tokens} tokens of {modality.patch_dim} numbers{masked}")
-        self.print(f"FLOPs   {flops(config) / 1e9:.2f} G a clip, forward and backward")
-        self.print(json.dumps(vars(self.args), indent=1))
-        self.end()
+        if args.dry_run:
+            for m, x in config.modalities.items():
+                masked = f", {x.masked} masked" if pretraining else ""
+                self.print(f"{m}   {x.tokens} tokens of {x.patch_dim} numbers{masked}")
+            self.print(f"FLOPs   {flops(config) / 1e9:.2f} G a clip, forward and backward")
+            self.print(json.dumps(vars(args), indent=1))
+            self.end()
 
-    def autocast(self):
-        """bfloat16 where the GPU has it."""
-        return torch.autocast("cuda", torch.bfloat16) if self.bf16 else nullcontext()
-
-    def to_device(self, tree):
-        """Tensors in tuples and dicts, from pinned memory so that the host need not wait."""
-        if isinstance(tree, torch.Tensor):
-            pinned = tree.pin_memory() if self.device.type == "cuda" else tree
-            return pinned.to(self.device, non_blocking=True)
-        if isinstance(tree, dict):
-            return {k: self.to_device(x) for k, x in tree.items()}
-        return [self.to_device(x) for x in tree]
-
+    @functools.cache
     def tell(self, line):
         """Tells once what may be found again, and keeps it in unreadable.txt."""
-        if line not in self.told:
-            self.told.add(line)
-            tqdm.write(line)
-            with open(self.out / "unreadable.txt", "a") as file:
-                file.write(line + "\n")
+        tqdm.write(line)
+        with open(self.out / "unreadable.txt", "a") as file:
+            file.write(line + "\n")
 
-    def load(self, clips, batches, device=None):
-        """A loader of these batches of clips, which names those that it cannot read."""
-        workers = self.args.workers
+    def load(self, clips, steps=None, batches=None):
+        """A loader that names the clips it cannot read: of this process's share of training steps
+        (a range), of these batches of keys, or of its share of all clips in order."""
+        args, workers = self.args, self.args.workers
         if workers < 0:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            workers = max(1, data.cpu_count() // local) if self.args.data else 0
+            workers = max(1, data.cpu_count() // local) if args.data else 0
+
+        if steps is not None:
+            batches = data.Batches(
+                len(clips), args.batch, args.seed, steps, self.rows, self.micro,
+                getattr(args, "repeat", 1))
+        elif batches is None:
+            size = max(1, EVAL_BATCH // getattr(clips, "views", 1))
+            batches = data.in_order(len(clips), size, self.rank, self.world)
 
         self.out.mkdir(parents=True, exist_ok=True)
-        return data.Loader(clips, batches, device or self.device, workers, self.tell)
+        return data.Loader(clips, batches, self.device, workers, self.tell)
 
-    def sum(self, x):
-        """The sum of a tensor over all processes, on the CPU."""
+    def to_device(self, ids):
+        """(ids_keep, ids_mask), from pinned memory so that the host need not wait."""
+        pin = self.device.type == "cuda"
+        return [
+            {m: (x.pin_memory() if pin else x).to(self.device, non_blocking=True)
+             for m, x in part.items()}
+            for part in ids]
+
+    def load_model(self, path, **assume):
+        """The model of a checkpoint; says what was assumed or left out of a foreign one."""
+        model = avmae.load_model(path, **assume)
+        for note in model.notes:
+            self.print(f"{path}: {note}")
+        return model
+
+    def gather(self, x):
+        """An object of each process, in all of them."""
+        everywhere = [x] * self.world
         if self.world > 1:
-            x = x.float().to(self.device)
-            dist.all_reduce(x)
-        return x.cpu()
+            dist.all_gather_object(everywhere, x)
+        return everywhere
 
     def resume(self, model, optimizer):
         """Takes the run up where it was saved -> what was saved with it, {"step": 0} if nothing.
@@ -534,32 +522,31 @@ class Run:
         UserError if it has other settings, those of groups that may change aside.
         """
         last = self.out / "last.pt"
-        saved = avmae.load_checkpoint(last) if last.exists() else {"step": 0}
-        steps = self.gather(saved["step"])
-        if len(set(steps)) > 1:
-            raise data.UserError(
-                f"the processes find different steps in {last}: {sorted(set(steps))}. All machines "
-                "must share the folder --out")
+        some = last.exists() and not self.args.eval
+        saved = avmae.load_checkpoint(last) if some else {"step": 0}
+        steps = sorted(set(self.gather(saved["step"])))
 
-        if "model" in saved:
-            self.check_settings(saved["settings"])
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            self.print(f"resuming {last} at step {saved['step']}")
-        return saved
+        avmae.require(
+            len(steps) == 1,
+            f"the processes find different steps in {last}: {steps}. All machines must share the "
+            "folder --out")
+        if "model" not in saved:
+            return saved
 
-    def check_settings(self, saved):
-        """UserError if a run of other settings lies in the folder."""
-        free = {*DATA, *RUN, "val", "val_annotations", "init", "eval"}
+        free, old = {*WHICH_CLIPS, *RUN, "init", "eval"}, saved["settings"]
         differ = [
-            f"{k} is {saved.get(k)!r} there and {v!r} here"
+            f"{k} is {old.get(k)!r} there and {v!r} here"
             for k, v in vars(self.args).items()
-            if k not in free and saved.get(k) != v]
+            if k not in free and old.get(k) != v]
+        avmae.require(
+            not differ,
+            f"{self.out} holds a run with other settings: {'; '.join(differ[:3])}. Choose another "
+            "folder with --out")
 
-        if differ:
-            raise data.UserError(
-                f"{self.out} holds a run with other settings: {'; '.join(differ[:3])}. Choose "
-                "another folder with --out")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        self.print(f"resuming {last} at step {saved['step']}")
+        return saved
 
     def wrap(self, model):
         """The model as it is trained: with recomputed activations, compiled, on all processes."""
@@ -575,21 +562,8 @@ class Run:
         if self.world == 1:
             return net
         return torch.nn.parallel.DistributedDataParallel(
-            net, device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
+            net, gradient_as_bucket_view=True,
             bucket_cap_mb=100 if args.compile else 25)  # a compiled graph is cut at each bucket
-
-    def exchange(self, net, last):
-        """Gradients are exchanged between processes in the last backward pass of a step."""
-        return nullcontext() if self.world == 1 or last else net.no_sync()
-
-    def gather(self, x):
-        """An object of each process, in all of them."""
-        everywhere = [x]
-        if self.world > 1:
-            everywhere = [None] * self.world
-            dist.all_gather_object(everywhere, x)
-        return everywhere
 
     def save(self, model, name, **extra):
         """Saves a checkpoint in the folder of the run, once and not in every process."""
@@ -597,9 +571,8 @@ class Run:
             avmae.save(model, self.out / name, settings=vars(self.args), **extra)
 
     def write(self, name, results):
-        """Writes results with the settings that gave them to a file in the folder of the run."""
+        """Writes a dict to a file in the folder of the run."""
         if self.rank == 0:
-            results = results | {"settings": vars(self.args)}
             (self.out / name).write_text(json.dumps(results, indent=1))
 
     def end(self, code=0):
@@ -611,18 +584,11 @@ class Run:
         sys.exit(code)
 
 
-def describe(config):
-    """A model in words."""
-    if isinstance(config, avmae.ClassifierConfig):
-        return f"{config.trunk} of {' and '.join(config.modalities)}"
-    return f"{config.encoder} encoder, {config.decoder} decoder, objective {config.objective}"
-
-
 def flops(config):
     """FLOPs of a clip, forward and backward, counted on the meta device."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         inputs = {
-            m: torch.zeros(1, *x.shape, *([x.channels] if x.channels > 1 else []))
+            m: x.unpatchify(torch.zeros(1, x.tokens, x.patch_dim))
             for m, x in config.modalities.items()}
         out = avmae.build(config)(inputs)
         loss = out.loss if isinstance(out, avmae.Output) else sum(x.sum() for x in out.values())
@@ -632,125 +598,85 @@ def flops(config):
 
 
 class Log:
-    """The steps of a run: columns on the screen, log.jsonl, a progress bar, and when to stop."""
+    """The steps of a run: columns on the screen, log.jsonl, and when to look, save and stop."""
 
     def __init__(self, run, clips, loader, names, start, steps, steps_per_epoch):
         self.run, self.clips, self.loader, self.names = run, clips, loader, names
-        self.start, self.steps, self.steps_per_epoch = start, steps, steps_per_epoch
-        self.done, self.history, self.saved = start, [], time.monotonic()
-        self.streak = self.longest = 0  # of steps in a row that were not finite
+        self.done, self.steps, self.steps_per_epoch = start, steps, steps_per_epoch
+        self.failed, self.header, self.saved = 0, "", time.monotonic()  # failed: steps in a row
+        self.history, self.since, self.waited = [], time.monotonic(), 0.0  # since the last lines
 
-        self.stop, self.signals = False, []  # a report turns one process's signal into all's stop
+        self.stop, self.signals = False, []  # `note` turns one process's signal into all's stop
         for number in signal.SIGTERM, signal.SIGINT:
             signal.signal(number, lambda number, _: self.signals.append(number))
 
+        run.write("settings.json", vars(run.args))
         self.path = run.out / "log.jsonl"
-        if run.rank == 0:
-            run.out.mkdir(parents=True, exist_ok=True)
-            (run.out / "settings.json").write_text(json.dumps(vars(run.args), indent=1))
-            self.trim()
+        if run.rank == 0:  # a killed run had logged on after its last save, perhaps half a line
+            with open(self.path, "ab+") as file:
+                file.seek(0)
+                kept = [x for x in file if x.endswith(b"\n") and json.loads(x)["step"] <= start]
+                file.truncate(sum(map(len, kept)))
 
-    def trim(self):
-        """A killed run had logged on after its last save, perhaps half a line."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= self.start]
-
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self.path)
-
-    def count_steps(self):
-        """Yields the steps that are left."""
-        hidden = None if self.run.rank == 0 else True
-        with tqdm(total=self.steps, initial=self.start, disable=hidden) as self.bar:
-            for step in range(self.start, self.steps):
-                if not self.history:  # saving and evaluating is none of the steps' time
-                    self.since, self.waited = time.monotonic(), self.loader.waited
-                yield step
-                self.bar.update()
-
-    def note(self, step, losses, norm, index):
-        """Keeps a step's mean losses (K,), norm of the gradient and clips -> whether to report."""
+    def note(self, step, losses, norm, index, lr):
+        """Keeps a step's losses (K,), gradient norm and clips, in tensors: nobody waits for a GPU.
+        Every --log-every steps and at the last, logs the means -> whether it did; there, if one
+        process was told to stop, all are."""
         self.done = step + 1
         self.history.append((step, torch.cat([losses, norm[None]]), index))
-        return self.done % self.run.args.log_every == 0 or self.done == self.steps
+        if self.done % self.run.args.log_every and self.done < self.steps:
+            return False
 
-    def report(self, lr):
-        """Logs the means since the last report; if one process was told to stop, all are."""
-        values = torch.stack([v for _, v, _ in self.history]).cpu().double()
-        self.name_failures(values)
+        values = torch.stack([x for _, x, _ in self.history]).cpu().double()  # (steps, K + 1)
+        seconds = time.monotonic() - self.since
         finite = values[values[:, -1].isfinite()]
-        mean = finite.mean(0) if len(finite) else values[0]
+        *own, norm = (finite if len(finite) else values[:1]).mean(0).tolist()
 
-        loader, seconds = self.loader, time.monotonic() - self.since
-        counts = [bool(self.signals), loader.waited - self.waited, loader.drawn, loader.unreadable]
-        shared = self.run.sum(torch.cat([mean[:-1], mean.new_tensor(counts)]).float()).tolist()
+        loader, world = self.loader, self.run.world
+        own += [bool(self.signals), loader.waited - self.waited, loader.drawn, loader.unreadable]
+        shared = sum(self.run.gather(torch.tensor(own))).tolist()
         *losses, signals, waited, drawn, unreadable = shared
         self.stop = signals > 0
 
-        count, world = len(self.history), self.run.world
         line = {"step": self.done, "epoch": self.done / self.steps_per_epoch}
         line |= {name: x / world for name, x in zip(self.names, losses)}
-
         line |= {
-            "lr": lr, "grad_norm": mean[-1].item(),
-            "clips_per_s": count * self.run.args.batch / seconds,
+            "lr": lr, "grad_norm": norm,
+            "clips_per_s": len(self.history) * self.run.args.batch / seconds,
             "waiting": waited / world / seconds, "unreadable": int(unreadable),
-            "seconds_left": seconds / count * (self.steps - self.done)}
+            "seconds_left": seconds / len(self.history) * (self.steps - self.done)}
         if self.run.device.type == "cuda":
             line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
 
-        self.history = []
         self.write(line)
         self.show(line)
-        self.check(drawn, unreadable)
+        self.check(values.tolist(), drawn, unreadable)
+        return True
 
-    def name_failures(self, values):
-        """Names the steps since the last report that were not finite, with their clips."""
-        for (step, _, index), row in zip(self.history, values.tolist()):
-            self.streak = 0 if math.isfinite(row[-1]) else self.streak + 1
-            self.longest = max(self.longest, self.streak)
-            if self.streak:
+    def check(self, values, drawn, unreadable):
+        """Names the steps that were not finite, with their clips. UserError if three of them came
+        in a row, or if too many clips cannot be read."""
+        longest = 0
+        for (step, _, index), row in zip(self.history, values):
+            self.failed = 0 if math.isfinite(row[-1]) else self.failed + 1
+            longest = max(longest, self.failed)
+
+            if self.failed:
                 wrong = [n for n, x in zip(self.names, row) if not math.isfinite(x)]
                 clips = ", ".join(self.clips.name(i) for i in index.tolist())
-                self.bar.write(
+                tqdm.write(
                     f"step {step} is not finite in {', '.join(wrong) or 'gradient'} and was not "
                     f"applied; clips: {clips}")
 
-    def check(self, drawn, unreadable):
-        """UserError if steps in a row were not finite, or too many clips cannot be read."""
         out, largest = self.run.out, self.run.args.max_bad
-        if self.longest >= 3:
-            raise data.UserError(
-                f"{self.longest} steps in a row were not finite: {out / 'last.pt'} is from before "
-                "them; lower --lr")
-
-        enough = drawn >= min(len(self.clips), 1000)
-        if enough and unreadable > largest * (drawn + unreadable):
-            raise data.UserError(
-                f"{int(unreadable)} of {int(drawn + unreadable)} clips could not be read, more "
-                f"than --max-bad {largest:g}: see {out / 'unreadable.txt'}, or run "
-                "python data.py check")
-
-    def show(self, line):
-        """A line of the log in columns."""
-        if self.run.rank:
-            return
-
-        minutes = round(line["seconds_left"] / 60)
-        columns = {"step": f"{line['step']:8d}", "epoch": f"{line['epoch']:7.2f}"}
-        for name in self.names:
-            short = name.removeprefix("loss_")
-            columns[short] = f"{line[name]:{max(8, len(short))}.4f}"
-
-        columns |= {
-            "lr": f"{line['lr']:9.2e}", "clips/s": f"{line['clips_per_s']:8.1f}",
-            "waiting": f"{line['waiting']:8.1%}", "left": f"{minutes // 60:4d}:{minutes % 60:02d}"}
-
-        if not hasattr(self, "header"):
-            self.header = " ".join(f"{name:>{len(x)}}" for name, x in columns.items())
-            self.bar.write(self.header)
-        self.bar.write(" ".join(columns.values()))
+        avmae.require(
+            longest < 3,
+            f"{longest} steps in a row were not finite: {out / 'last.pt'} is from before them; "
+            "lower --lr")
+        avmae.require(
+            drawn < min(len(self.clips), 1000) or unreadable <= largest * (drawn + unreadable),
+            f"{int(unreadable)} of {int(drawn + unreadable)} clips could not be read, more than "
+            f"--max-bad {largest:g}: see {out / 'unreadable.txt'}, or run python data.py check")
 
     def write(self, line):
         """Appends a line to the log."""
@@ -758,62 +684,56 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def show(self, line):
+        """A line of the log in columns."""
+        minutes = round(line["seconds_left"] / 60)
+        losses = {name.removeprefix("loss_"): f"{line[name]:8.4f}" for name in self.names}
+
+        columns = {
+            "step": f"{line['step']:8d}", "epoch": f"{line['epoch']:7.2f}",
+            **{name: f"{x:>{len(name)}}" for name, x in losses.items()},
+            "lr": f"{line['lr']:9.2e}", "clips/s": f"{line['clips_per_s']:8.1f}",
+            "waiting": f"{line['waiting']:8.1%}", "left": f"{minutes // 60:4d}:{minutes % 60:02d}"}
+
+        if not self.header:
+            self.header = " ".join(f"{name:>{len(x)}}" for name, x in columns.items())
+            self.run.print(self.header)
+        self.run.print(" ".join(columns.values()))
+
     def passed_epochs(self, epochs):
         """Whether a multiple of so many epochs lies in the log interval that ends here, and the
         run goes on."""
         every = max(1, round(epochs * self.steps_per_epoch))
-        before = max(0, self.done - self.run.args.log_every)
-        return self.done // every > before // every and self.done < self.steps and not self.stop
+        passed = self.done % every < self.run.args.log_every
+        return passed and self.done < self.steps and not self.stop
 
-    def should_save(self):
-        """Whether it is time to save; if it is, the clock starts again."""
-        minutes = (time.monotonic() - self.saved) / 60
-        due = self.stop or minutes >= self.run.args.save_every or self.done == self.steps
-        self.saved = time.monotonic() if due else self.saved
-        return due
+    def save(self, model, optimizer, **extra):
+        """Saves last.pt if it is time to; ends a run that was told to stop, with status 1 if steps
+        are left."""
+        minutes, done = (time.monotonic() - self.saved) / 60, self.done == self.steps
 
-    def end_stopped(self):
-        """Ends a run that was told to stop, with status 1 if steps are left."""
-        self.run.print(
-            f"stopped at step {self.done} of {self.steps}; the same command continues")
-        self.run.end(int(self.done < self.steps))
+        if self.stop or done or minutes >= self.run.args.save_every:
+            self.run.save(
+                model, "last.pt", optimizer=optimizer.state_dict(), step=self.done, **extra)
+            self.saved = time.monotonic()
+
+        if self.stop:
+            self.run.print(
+                f"stopped at step {self.done} of {self.steps}; the same command continues")
+            self.run.end(int(not done))
+        self.history, self.since, self.waited = [], time.monotonic(), self.loader.waited
 
     def curves(self):
         """Draws the log's losses and held-out figures."""
         if self.run.rank:
             return
 
-        curves = {}
+        curves = defaultdict(list)
         for line in map(json.loads, self.path.read_text().splitlines()):
             held_out = {f"held out: {k}": v for k, v in line.get("held_out", {}).items()}
-            figures = {n: line[n] for n in self.names if n in line} | held_out
-            for name, y in figures.items():
-                curves.setdefault(name, []).append((line["step"], y))
+            for name, y in ({n: line[n] for n in self.names if n in line} | held_out).items():
+                curves[name].append((line["step"], y))
         draw_curves(curves, self.run.out / "curves.svg", "by step")
-
-
-def start_from(model, path, run, **assume):
-    """Gives a model the weights of a checkpoint. UserError if that is another architecture."""
-    initial = avmae.load_model(path, **assume)
-    for note in initial.notes:
-        run.print(f"{path}: {note}")
-
-    try:
-        model.load_state_dict(initial.state_dict())
-    except RuntimeError as error:
-        raise data.UserError(
-            f"{path} is another architecture: {str(error).splitlines()[1].strip()[:200]}") from None
-
-
-def masks_of(model, args, step, rows):
-    """A process's rows of the masks that (seed, step) gives the global batch."""
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    return avmae.random_masking(model.config.modalities, args.batch, generator, rows)
-
-
-def part_of(ids, k, count):
-    """Some rows of (ids_keep, ids_mask)."""
-    return [{m: x[k : k + count] for m, x in part.items()} for part in ids]
 
 
 if __name__ == "__main__":
@@ -825,10 +745,9 @@ if __name__ == "__main__":
     # Model, clips, and what is going to happen
 
     torch.manual_seed(args.seed)
-    # What a foreign checkpoint (the authors') does not say of itself.
-    assume = dict(encoder=args.encoder, decoder=args.decoder, objective=args.objective)
+    foreign = dict(encoder=args.encoder, decoder=args.decoder, objective=args.objective)
     if args.eval:
-        model = avmae.load_model(args.eval, **assume)
+        model = run.load_model(args.eval, **foreign)
         avmae.require(
             isinstance(model, avmae.AVMAE), f"{args.eval} is a classifier: it rebuilds nothing")
     else:
@@ -838,11 +757,7 @@ if __name__ == "__main__":
     train, held_out = clips_of(args)
     steps_per_epoch = max(1, len(train) // args.batch)
     steps = 0 if args.eval else args.epochs * steps_per_epoch  # an evaluation is a run of no steps
-    warmup = args.warmup * steps_per_epoch
-    run.say(model, (len(train), len(held_out)), steps, steps_per_epoch)
-
-    if args.dry_run:
-        run.end_dry(model.config)
+    run.say(model, train, held_out, steps, steps_per_epoch)  # with --dry-run, the end
 
     # -----------------------------------------------------------------------------------------
     # Optimizer, and where we are
@@ -850,19 +765,22 @@ if __name__ == "__main__":
     model.to(run.device)
     optimizer = torch.optim.AdamW(
         decay_groups(model, WEIGHT_DECAY), betas=(0.9, 0.95), eps=1e-8, fused=True)
-    start = 0
-    if not args.eval:
-        start = run.resume(model, optimizer)["step"]
-    if args.init and not start:
-        start_from(model, args.init, run, **assume)
+    start = run.resume(model, optimizer)["step"]
 
-    net = run.wrap(model)
-    rows = slice(run.rank * run.local, (run.rank + 1) * run.local)
-    loader = run.load(train, data.Batches(
-        len(train), args.batch, args.seed, range(start, steps), range(args.batch)[rows],
-        micro=run.micro, repeat=args.repeat))
+    if args.init and not start:
+        given = run.load_model(args.init, **foreign).state_dict()
+        shapes = [{(k, x.shape) for k, x in y.items()} for y in (given, model.state_dict())]
+        differ = sorted({name for name, _ in shapes[0] ^ shapes[1]})[:3]
+        avmae.require(
+            not differ, f"{args.init} is another architecture: {', '.join(differ)} differ")
+        model.load_state_dict(given)
+
+    net = run.wrap(model)  # the same model, compiled and in DDP if asked for
+    loader = run.load(train, steps=range(start, steps))
     names = ["loss", *(f"loss_{name_of(pair)}" for p in model.config.passes for pair in p.items())]
     log = Log(run, train, loader, names, start, steps, steps_per_epoch)
+
+    peak, warmup = args.lr * args.batch / 256, args.warmup * steps_per_epoch
 
     def look():
         """Held-out errors to the log, and pictures of four clips."""
@@ -872,9 +790,9 @@ if __name__ == "__main__":
         said = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
         run.print(f"held out: {said or 'no clip can be read'}")
 
-        count = len(held_out)  # a key of a clip is (pass, clip, draw)
-        few = [(0, i, 0) for i in range(0, count, 5 if count > 15 else 1)][:4]  # 5: things differ
-        for batch in run.load(held_out, [few]) if run.rank == 0 else ():
+        every = 5 if len(held_out) > 15 else 1  # 5: things differ
+        few = [(0, i, 0) for i in range(0, len(held_out), every)]  # a key: (pass, clip, draw)
+        for batch in run.load(held_out, batches=[few[:4]]) if run.rank == 0 else ():
             (run.out / "pictures").mkdir(exist_ok=True)
             draw(model, batch, run.out / "pictures" / f"{log.done:07d}")
         return errors, read
@@ -882,40 +800,40 @@ if __name__ == "__main__":
     # -----------------------------------------------------------------------------------------
     # The loop
 
-    batches = iter(loader)  # this process's clips, --micro-batch at a time
-
-    for step in log.count_steps():
-        ids = run.to_device(masks_of(model, args, step, rows))  # {m: (local, V)}, {m: (local, M)}
+    batches = iter(loader)  # of each step the rows of this process, --micro-batch at a time
+    left = range(start, steps)  # with a bar on the terminal of the first process
+    for step in tqdm(left, initial=start, total=steps, disable=run.rank > 0 or None):
         losses, index = 0, []
 
-        for k in range(0, run.local, run.micro):
-            batch = next(batches)
-            inputs = {m: batch[m] for m in model.config.modalities}  # {m: (micro, T, ...)}
+        for first in run.rows[:: run.micro]:  # rows first to first + micro of the global batch
+            batch = next(batches)  # {video: (b, T, H, W, 3) bytes, audio: (b, T, F), index: (b,)}
+            inputs = {m: batch[m] for m in model.config.modalities}
             index.append(batch["index"])
 
-            with run.exchange(net, last=k + run.micro == run.local):  # DDP's no_sync, but for it
-                with run.autocast():
-                    out = net(inputs, part_of(ids, k, run.micro))
-                (out.loss * run.micro / run.local).backward()
-            parts = torch.stack([out.loss, *out.losses.values()]).detach()
-            losses = losses + parts * run.micro / run.local
+            # Masks are drawn for the whole batch from (seed, step); these are those of its rows.
+            rows = slice(first, first + run.micro)
+            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+            ids = avmae.random_masking(model.config.modalities, args.batch, generator, rows)
+            ids = run.to_device(ids)  # ids_keep {m: (b, V)}, ids_mask {m: (b, M)}
+
+            net.require_backward_grad_sync = rows.stop == run.rows.stop  # DDP: in the last pass
+            with run.autocast:
+                out = net(inputs, ids)
+            (out.loss / run.passes).backward()
+            losses = losses + torch.stack([out.loss, *out.losses.values()]).detach() / run.passes
 
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         optimizer.found_inf = (~norm.isfinite()).float()  # GradScaler's switch: at 1, no step
-        rate = learning_rate(step, args.lr * args.batch / 256, warmup, steps)
+        rate = learning_rate(step, peak, warmup, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if log.note(step, losses, norm, torch.cat(index)):  # every --log-every steps, and the last
-            log.report(rate)
+        if log.note(step, losses, norm, torch.cat(index), rate):  # every --log-every steps
             if log.passed_epochs(args.eval_every):  # but for the last, which the end looks at
                 look()
-            if log.should_save():
-                run.save(model, "last.pt", optimizer=optimizer.state_dict(), step=log.done)
-            if log.stop:
-                log.end_stopped()
+            log.save(model, optimizer)  # every --save-every minutes; if told to stop, then it ends
 
     # -----------------------------------------------------------------------------------------
     # What it has learned: a run that was not stopped ends here, one of no steps, too
@@ -924,13 +842,14 @@ if __name__ == "__main__":
     avmae.require(errors or not args.eval, "none of the held-out clips can be read")
     if run.rank == 0 and errors:
         # The best constant, estimated on the CPU from up to 512 training and 256 held-out clips.
-        sample = data.Batches(len(train), min(64, len(train)), args.seed, range(8))
-        some = data.in_order(min(256, len(held_out)), 16)
+        some = data.Batches(len(train), min(64, len(train)), args.seed, range(8))
+        others = data.in_order(min(256, len(held_out)), EVAL_BATCH)
         constant = constant_error(
-            model.cpu(), run.load(train, sample, "cpu"), run.load(held_out, some, "cpu"))
-
+            model.cpu(), run.load(train, batches=some), run.load(held_out, batches=others))
         results = report(errors, constant)
-    counts = {"clips": read, "unreadable": len(held_out) - read}
-    run.write("results.json", {"held_out": results} | counts)
+
+    run.write("results.json", {
+        "held_out": results, "clips": read, "unreadable": len(held_out) - read,
+        "settings": vars(args)})
     log.curves()
     run.end()

@@ -104,7 +104,7 @@ def body(script, change=("", "")):
     assert change[0] in source
     loop = next(
         x for x in ast.walk(ast.parse(source.replace(*change)))
-        if isinstance(x, ast.For) and ast.unparse(x.iter) == "log.count_steps()")
+        if isinstance(x, ast.For) and ast.unparse(x.iter).startswith("tqdm("))
     end = next(i for i, x in enumerate(loop.body) if "log.note(" in ast.unparse(x))
     return compile(ast.Module(loop.body[:end], []), script.__file__, "exec")
 
@@ -120,46 +120,40 @@ def batch_of(config, count, labels=1):
 
 
 def run_of(script, argv, tmp_path):
-    args = script.parse_args([*argv, "--device", "cpu", "--out", str(tmp_path)])
+    args = script.parse_args([*CLIP, *argv, "--device", "cpu", "--out", str(tmp_path)])
     run = train_pretrain.Run(args)
-    run.device, run.bf16 = CUDA, True
+    run.device, run.autocast = CUDA, torch.autocast("cuda", torch.bfloat16)
     return args, run
 
 
-def step(script, code, run, model, optimizer, **names):
-    """Runs a step -> all names after it. Twice, as the second finds an optimizer's state."""
-    batches = [batch_of(model.config, run.micro, names.get("labels", 1)) for _ in range(4)]
-    names = vars(script) | names | {
-        "args": run.args, "run": run, "model": model, "net": model, "optimizer": optimizer,
-        "batches": iter(batches), "warmup": 2.0, "steps": 8}
+def step(script, tmp_path, argv=(), task="single", num_classes=(5,), change=("", "")):
+    """Runs a step of a script -> all names after it. Twice, as the second finds an optimizer's
+    state."""
+    pretraining = script is train_pretrain
+    recipe = [] if pretraining else ["--drop-path", "0.5", "--smoothing", "0.1"]
+    flags = ["--batch", "4", "--micro-batch", "2", *recipe, *argv]
+    args, run = run_of(script, flags, tmp_path)
+    with CUDA:
+        model = avmae.build(script.config_of(args, *(() if pretraining else (num_classes, task))))
+
+    optimizer = (
+        torch.optim.AdamW(
+            script.decay_groups(model, script.WEIGHT_DECAY), betas=(0.9, 0.95), fused=True)
+        if pretraining
+        else script.make_optimizer(model.train(), args))
+    labels = {"epic": 2, "ave": 10}.get(task, 1)
+    names = vars(script) | {
+        "args": args, "run": run, "model": model, "net": model, "optimizer": optimizer,
+        "batches": iter([batch_of(model.config, 2, labels) for _ in range(4)]), "warmup": 2.0,
+        "steps": 8, "peak": 0.1, "task": task, "num_classes": num_classes, "alpha": 0.5,
+        "kind": "sigmoid" if task == "many" else "softmax",
+        "heads": num_classes if task == "epic" else None}
+
+    code = body(script, change)
     with Watch():
         for names["step"] in 1, 2:
             exec(code, names)
     return names
-
-
-def pretraining(tmp_path, argv=(), change=("", "")):
-    script = train_pretrain
-    args, run = run_of(script, [*CLIP, "--batch", "4", "--micro-batch", "2", *argv], tmp_path)
-    with CUDA:
-        model = avmae.AVMAE(script.config_of(args))
-    optimizer = torch.optim.AdamW(
-        script.decay_groups(model, script.WEIGHT_DECAY), betas=(0.9, 0.95), fused=True)
-    return step(
-        script, body(script, change), run, model, optimizer, rows=slice(0, 4))
-
-
-def finetuning(tmp_path, argv=(), task="single", num_classes=(5,), change=("", "")):
-    script = train_finetune
-    recipe = ["--batch", "4", "--micro-batch", "2", "--drop-path", "0.5", "--smoothing", "0.1"]
-    args, run = run_of(script, [*CLIP, *recipe, *argv], tmp_path)
-    with CUDA:
-        model = avmae.Classifier(script.config_of(args, num_classes, task)).train()
-    return step(
-        script, body(script, change), run, model, script.make_optimizer(model, args), task=task,
-        num_classes=num_classes, alpha=0.5, peak=0.1,
-        labels={"epic": 2, "ave": 10}.get(task, 1), heads=num_classes if task == "epic" else None,
-        kind="sigmoid" if task == "many" else "softmax")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +161,7 @@ def finetuning(tmp_path, argv=(), task="single", num_classes=(5,), change=("", "
     [[], ["--objective", "joint_inpaint", "--norm-pix", "--modality-embed", "--mask-video", "0.9"]],
     ids=str)
 def test_a_step_of_pretraining_makes_no_gpu_wait(tmp_path, argv):
-    names = pretraining(tmp_path, argv)
+    names = step(train_pretrain, tmp_path, argv)
     losses = names["losses"]
     assert losses.device == CUDA and losses.dtype == torch.float32
     assert names["out"].preds["video", "video"].dtype == torch.bfloat16
@@ -177,7 +171,7 @@ def test_a_step_of_pretraining_makes_no_gpu_wait(tmp_path, argv):
 @pytest.mark.parametrize(
     "task, num_classes", [("single", (5,)), ("many", (5,)), ("epic", (3, 4)), ("ave", (5,))])
 def test_a_step_of_finetuning_makes_no_gpu_wait(tmp_path, task, num_classes):
-    names = finetuning(tmp_path, ["--fusion-layer", "1"], task, num_classes)
+    names = step(train_finetune, tmp_path, ["--fusion-layer", "1"], task, num_classes)
     assert names["total"].device == CUDA and names["total"].dtype == torch.float32
     assert names["inputs"]["video"].is_floating_point()  # mixed
     assert {x.dtype for x in names["logits"].values()} == {torch.bfloat16}
@@ -199,41 +193,37 @@ def waits(x):
 @pytest.mark.parametrize(
     "script, old, new",
     [
-        (pretraining, "optimizer.step()", "norm.item(); optimizer.step()"),
-        (finetuning, "optimizer.step()", "norm.item(); optimizer.step()"),
-        (pretraining, "ids = run.to_device(masks_of(model, args, step, rows))",
-         "ids = masks_of(model, args, step, rows)"),
-        (finetuning, 'targets_of(task, batch["label"]', 'targets_of(task, batch["label"].cpu()')],
-    ids=lambda x: getattr(x, "__name__", "x"),
-)
+        (train_pretrain, "optimizer.step()", "norm.item(); optimizer.step()"),
+        (train_finetune, "optimizer.step()", "norm.item(); optimizer.step()"),
+        (train_pretrain, "ids = run.to_device(ids)", "ids = ids"),
+        (train_finetune, 'batch["label"], num_classes', 'batch["label"].cpu(), num_classes')],
+    ids=lambda x: getattr(x, "__name__", "x"))
 def test_a_mistake_in_a_step_is_noticed(tmp_path, monkeypatch, script, old, new):
     with pytest.raises(NOTICED):
-        script(tmp_path, change=(old, new))
+        step(script, tmp_path, change=(old, new))
 
-    monkeypatch.setattr(train_pretrain, "waits", waits, raising=False)
-    monkeypatch.setattr(train_finetune, "waits", waits, raising=False)
     if "norm" in new:
-        script(tmp_path, change=(old, "waits(norm); optimizer.step()"))
+        monkeypatch.setattr(script, "waits", waits, raising=False)
+        step(script, tmp_path, change=(old, "waits(norm); optimizer.step()"))
 
 
-def test_evaluation_is_on_the_gpu(tmp_path):
-    for script in train_pretrain, train_finetune:
-        more = () if script is train_pretrain else ((5,),)
-        args, run = run_of(script, CLIP, tmp_path)
-        with CUDA:
-            model = avmae.build(script.config_of(args, *more)).eval()
+@pytest.mark.parametrize("script, more", [(train_pretrain, ()), (train_finetune, ((5,),))])
+def test_evaluation_is_on_the_gpu(tmp_path, script, more):
+    args, run = run_of(script, [], tmp_path)
+    with CUDA:
+        model = avmae.build(script.config_of(args, *more)).eval()
+    batch = batch_of(model.config, 4)
+    inputs = {m: batch[m] for m in model.config.modalities}
 
-        batch = batch_of(model.config, 4)
-        inputs = {m: batch[m] for m in model.config.modalities}
-        with Watch(), torch.no_grad(), run.autocast():
-            if more:
-                inputs = {m: x.unflatten(0, (2, 2)) for m, x in inputs.items()}
-                found = script.predict(model, inputs, views=2)
-                assert found.shape == (2, 5)
-            else:
-                ids = run.to_device(avmae.random_masking(model.config.modalities, 4))
-                found = model(inputs, ids).loss
-        assert found.device == CUDA and found.dtype == torch.float32
+    with Watch(), torch.no_grad(), run.autocast:
+        if more:
+            inputs = {m: x.unflatten(0, (2, 2)) for m, x in inputs.items()}
+            found = script.predict(model, inputs, views=2)
+            assert found.shape == (2, 5)
+        else:
+            ids = run.to_device(avmae.random_masking(model.config.modalities, 4))
+            found = model(inputs, ids).loss
+    assert found.device == CUDA and found.dtype == torch.float32
 
 
 def test_a_batch_goes_to_the_gpu_with_its_colors_changed():
