@@ -68,24 +68,23 @@ def model_of(file, dtype, **assume):
     return replace(config, modalities=modalities), inputs, checkpoint["model"], params
 
 
-def gradients(model, state, params):
-    """{path: gradient} of a model's weights, taken back through the importer to what it made them
-    of; of the parameters that our model has."""
+def gradient_errors(model, state, params, file, at):
+    """The global norm, norms and arrays of a model's gradients, taken back through the importer to
+    what it made the weights of. `at` says where the file has them: "grad_raw/" or "softmax/grad/".
+    """
     used = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    grads = torch.autograd.grad(
+    found = torch.autograd.grad(
         [state[name] for name in used], list(params.values()), list(used.values()),
         retain_graph=True, allow_unused=True)
-    return {path: grad.double() for path, grad in zip(params, grads) if grad is not None}
+    grads = {path: grad.double() for path, grad in zip(params, found) if grad is not None}
 
-
-def gradient_errors(grads, file, norms, full):
-    """The global norm, norms and arrays of gradients; `norms` and `full` say where they lie."""
-    key = f"{full}global_norm" if f"{full}global_norm" in file else f"{full[:-1]}_global_norm"
+    key = f"{at}global_norm" if f"{at}global_norm" in file else f"{at[:-1]}_global_norm"
     scale = float(file[key])
     total = sum(grad.norm() ** 2 for grad in grads.values()).item() ** 0.5
     yield "global gradient norm", abs(total - scale) / max(1.0, scale), GRADIENT_BOUND
 
-    norm_of = dict(zip(map(str, file[f"{norms}/names"]), map(float, file[f"{norms}/values"])))
+    norms = at.replace("grad", "gradnorm")
+    norm_of = dict(zip(map(str, file[f"{norms}names"]), map(float, file[f"{norms}values"])))
     yield "parameters without a norm", len(grads.keys() - norm_of.keys()), 0
 
     def compare(path, difference, size):
@@ -98,7 +97,7 @@ def gradient_errors(grads, file, norms, full):
             yield compare(f"|{path}|", abs(float(grads[path].norm()) - norm), norm)
         else:  # a part that this objective does not have
             yield f"|{path}| (unused)", norm, 1e-12
-    for path, array in group(file, full).items():
+    for path, array in group(file, at).items():
         if path in grads:
             theirs = torch.tensor(array).double()
             yield compare(path, float((grads[path] - theirs).norm()), float(theirs.norm()))
@@ -140,8 +139,7 @@ def check_pretraining(path, file, dtype):
 
         yield f"loss {name}", error(out.loss, file[f"loss_{name}/total"]), bound
         out.loss.backward()
-        grads = gradients(model, state, params)
-        yield from gradient_errors(grads, file, f"gradnorm_{name}", f"grad_{name}/")
+        yield from gradient_errors(model, state, params, file, f"grad_{name}/")
 
     for m, features in model.features(inputs, pool=False).items():
         yield f"features {m}", error(features, file[f"eval_out/{THEIRS[m]}"]), bound
@@ -181,8 +179,7 @@ def check_finetuning(path, file, dtype):
 
     for kind in "softmax", "sigmoid":
         yield from check_loss(model, inputs, kind, file, bound)
-        grads = gradients(model, state, params)
-        yield from gradient_errors(grads, file, f"{kind}/gradnorm", f"{kind}/grad/")
+        yield from gradient_errors(model, state, params, file, f"{kind}/grad/")
 
 
 def check_loss(model, inputs, kind, file, bound):
