@@ -58,7 +58,7 @@ def total(config):
         return sum(p.numel() for p in avmae.build(config).parameters())
 
 
-# -------------------------------------------------------------------------------------------- sizes
+# ---------------------------------------------------------------------------- sizes, patches, masks
 
 
 @pytest.mark.parametrize("encoder, base, large", [
@@ -83,9 +83,6 @@ def test_token_and_mask_counts():
     audioset = replace(avmae.AUDIO, shape=(1000, 128), mask_ratio=0.7)
     found = [(x.tokens, x.masked) for x in (avmae.VIDEO, avmae.AUDIO, audioset)]
     assert found == [(1568, 1411), (400, 200), (496, 347)]
-
-
-# ------------------------------------------------------------------------------------------ patches
 
 
 def test_unpatchify_is_the_inverse_and_trailing_audio_is_dropped():
@@ -113,9 +110,6 @@ def test_positions():
     for i, part in enumerate((angle.sin(), angle.cos())):
         torch.testing.assert_close(table[:, i::2], part.float())
     assert avmae.Positions(4, 16)(9).equal(table[:9])  # made longer
-
-
-# -------------------------------------------------------------------------------------------- masks
 
 
 def test_masks_are_drawn_for_the_whole_batch_and_stay_the_same():
@@ -148,7 +142,7 @@ def test_masks_of_longer_clips_cover_every_token(objective):
         assert all(part.shape[2:] == x[t].shape[2:] for part in clip)
 
 
-# ----------------------------------------------------------------------------------------- variants
+# -------------------------------------------------------------------------- variants and objectives
 
 
 @pytest.mark.parametrize("encoder, decoder, objective", [
@@ -189,9 +183,6 @@ def test_one_modality(m):
     one = {"modalities": {m: BOTH[m]}, "encoder": "separate", "decoder": "separate"}
     out = model_of(**one)({m: clips()[m]})
     assert set(out.losses) == {(m, m)} and out.loss == 0.5 * out.losses[m, m]
-
-
-# --------------------------------------------------------------------------------------- objectives
 
 
 def test_inpainting_decodes_from_the_other_modality_only():
@@ -244,7 +235,7 @@ def test_reconstructions(norm_pix):
         torch.testing.assert_close(avmae.take(rebuilt, where), pred, rtol=1e-4, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------- initialization
+# ---------------------------------------------------------------------- initialization and refusals
 
 
 def test_initialization():
@@ -264,9 +255,6 @@ def test_initialization():
     mbt = built(ClassifierConfig(size=avmae.SIZES["small"][0], num_bottlenecks=40), random=False)
     assert mbt.trunk.bottleneck.std().item() == pytest.approx(0.02, rel=0.05)
     assert not mbt.head.weight.any()
-
-
-# ----------------------------------------------------------------------------------------- refusals
 
 
 def changed(**changes):
@@ -306,7 +294,7 @@ def test_what_is_impossible_is_refused_with_a_sentence(mistake, words):
         mistake()
 
 
-# --------------------------------------------------------------------------------------- finetuning
+# -------------------------------------------------------------------------- finetuning and transfer
 
 
 def test_stochastic_depth_drops_branches_of_clips():
@@ -337,9 +325,6 @@ def test_segments_of_ave():
     assert classifier(num_segments=2)(clips())["audio"].shape == (3, 2, 5)
 
 
-# ----------------------------------------------------------------------------------------- transfer
-
-
 @pytest.mark.parametrize("modality_embed", [False, True])
 @pytest.mark.parametrize("trunk", PLANS)
 def test_the_pretraining_encoder_can_be_finetuned_as_it_is(trunk, modality_embed):
@@ -367,9 +352,6 @@ def test_two_unimodal_models_initialize_a_stream_each_or_one_of_them_both():
     assert all((p == 2).all() for p in both.trunk.blocks.parameters())
     embed = "patch_embed.video.proj.weight"
     assert embed in fresh and both.get_parameter(embed).equal(classifier().get_parameter(embed))
-
-
-# ----------------------------------------------------------------------------------------- the file
 
 
 @pytest.mark.parametrize("trunk", [None, "mbt", "mid"])
