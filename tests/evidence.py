@@ -6,9 +6,9 @@ and test clips); the interval of a difference is a t-interval over the pretraini
 mean over these draws.
 
 Every run is a command of the two scripts, on one thread; --jobs says how many run at once. What is
-done is not repeated, what was stopped goes on, the first questions come first. After each question
-the answers so far go to assets/results.json, from which assets/results.md is made. All of it takes
-some five hours of one core (two and a half of two); the first five questions half of that.
+done is not repeated, what was stopped goes on. The answers so far are in assets/results.json, from
+which assets/results.md is made. All of it takes some five hours of one core, the first five
+questions half of that.
 """
 
 import argparse
@@ -42,8 +42,7 @@ MODELS = {  # name: flags of train_pretrain.py
     "mid": "--epochs 20",
     "audio-only": "--epochs 20 --encoder separate --modalities audio",
     "video-only": "--epochs 20 --encoder separate --modalities video",
-    "5-epochs": "--epochs 5",
-    "10-epochs": "--epochs 10",
+    "5-epochs": "--epochs 5", "10-epochs": "--epochs 10",
     "half": "--epochs 40 --fraction 0.5",
     "inpainting": "--epochs 16 --encoder early --objective inpaint_both --mask-audio 0.95 "
     "--mask-video 0.7 --batch 16 --lr 3.2e-2",  # of the picture: hardly any sound is visible
@@ -102,13 +101,14 @@ def draw_of(side, seed, draw):
 
 def finetuning(side, seed, draw, runs):
     """A command; a side's inputs say on which modalities, and whether the encoder is frozen."""
-    model, inputs = side
-    frozen = ["--model", "probe"] if inputs.endswith(" probe") else []
-    init = [f"{runs}/{name}/{seed}/last.pt" for name in sources_of(model)]
+    (model, inputs), init = side, []
+    if model != "scratch":
+        init = ["--init", *(f"{runs}/{name}/{seed}/last.pt" for name in sources_of(model))]
+    inputs = inputs.replace(" probe", " --model probe").split()
+
     return [
-        "train_finetune.py", "--modalities", *inputs.removesuffix(" probe").split(), *frozen,
-        *(["--init", *init] if init else []), "--eval-every", "1000",
-        "--seed", f"{10 * seed + draw}"]
+        "train_finetune.py", "--modalities", *inputs, *init, "--eval-every", "1000", "--seed",
+        f"{10 * seed + draw}"]
 
 
 def plan_of(args):
@@ -117,8 +117,8 @@ def plan_of(args):
 
     def pretrain(models):
         for model, seed in itertools.product(models, args.seeds):
-            plan[f"{model}/{seed}"] = [
-                "train_pretrain.py", *MODELS[model].split(), "--seed", f"{seed}"]
+            flags = MODELS[model].split()
+            plan[f"{model}/{seed}"] = ["train_pretrain.py", *flags, "--seed", f"{seed}"]
 
     for sides in map(sides_of, QUESTIONS.values()):
         pretrain(name for model, _ in sides for name in sources_of(model))
@@ -194,13 +194,15 @@ def collect(args, plan):
     runs, settings = {}, {}
 
     for name, command in plan.items():
-        if (args.out / name / "seconds.txt").exists():
-            x = json.loads((args.out / name / "results.json").read_text())
+        folder = args.out / name
+        if (folder / "seconds.txt").exists():
+            x = json.loads((folder / "results.json").read_text())
+            runs[name] = {
+                "command": shlex.join(["python", *command]),
+                "figures": x.get("metrics", x.get("held_out")),
+                "seconds": int((folder / "seconds.txt").read_text())}
             settings[command[0]] = {
                 k: v for k, v in x["settings"].items() if k not in ("out", "init", "seed")}
-            row = {"command": shlex.join(["python", *command])}
-            row["figures"] = x.get("metrics", x.get("held_out"))
-            runs[name] = row | {"seconds": int((args.out / name / "seconds.txt").read_text())}
 
     about = {
         "torch": torch.__version__, "python": platform.python_version(),
@@ -221,12 +223,14 @@ def report(assets):
     for question, comparisons in answers.items():
         table.append(f"| **{question}** | | | | |")
         parts = []
+
         for x in comparisons:
             a, b = (f"{model} ({inputs})" for model, inputs in (x["a"], x["b"]))
             gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(x["difference"], *x["interval"])
             means = "{:.1f} / {:.1f}".format(*x["means"])
             table.append(f"| {a} / {b} | {means} | {gain} | {x['paper']} | {x['verdict']} |")
             parts.append(f"{a} against {b}, {means} %: {gain}, {x['verdict']}")
+
         sentences.append(f"* {question} {'; '.join(parts)}.")
 
     (assets / "results.md").write_text("\n".join([*table, "", *sentences]) + "\n")
@@ -255,6 +259,7 @@ def main():
     parser.add_argument("--draws", type=int, nargs="+", default=(1, 2), help="of finetuning")
     parser.add_argument("--tiny", action="store_true", help="few clips, below runs/tiny alone")
     args = parser.parse_args()
+
     os.chdir(ROOT)
     args.out = pathlib.Path("runs", "tiny" if args.tiny else "evidence")
     args.assets = args.out if args.tiny else pathlib.Path("assets")

@@ -78,6 +78,7 @@ def test_questions_are_answered_as_soon_as_their_runs_are_there(tmp_path):
 
     evidence.collect(args, plan)
     evidence.report(tmp_path)
+
     results = json.loads((tmp_path / "results.json").read_text())
     answer = results["answers"][question][0]
     assert list(results["answers"]) == [question] and answer["verdict"] == "agrees"
@@ -116,6 +117,7 @@ def test_the_readme_tells_what_was_found(tmp_path):
     readme = (evidence.ROOT / "README.md").read_text()
     section = readme.split("## What the built-in clips show")[1].split("\n## ")[0]
     results = {"answers": {}}
+
     if (ASSETS / "results.json").exists():
         shutil.copy(ASSETS / "results.json", tmp_path)
         results = json.loads((tmp_path / "results.json").read_text())

@@ -110,6 +110,7 @@ def test_parameters_tell_all_but_what_a_single_stack_is(encoder, decoder):
         assume["encoder"] = names[0]
     if names[1] == "early":
         assume["decoder"] = "early"
+
     checkpoint = avmae.from_official(params, **assume)
     config = avmae.from_dict(checkpoint["config"])
     assert (config.encoder, config.decoder, list(config.modalities)) == (*names, ["video", "audio"])
@@ -123,6 +124,7 @@ def test_an_unused_bottleneck_is_dropped_and_said():
         "video": {path: x for path, x in params.items() if "spec" not in path},
         "audio": {path.replace("_spec/", "/"): params[path]
                   for path in params if re.search(audio, path)}}
+
     for m, params in one.items():
         checkpoint = avmae.from_foreign(params)
         assert list(checkpoint["config"]["modalities"]) == [m]
@@ -151,6 +153,7 @@ def vit(*patch, channels=3):
         "head.weight": torch.zeros(10, 48), "head.bias": torch.zeros(10),
         KERNEL: torch.randn(48, channels, *(patch or (8, 8))),
         "patch_embed.proj.bias": torch.randn(48)}
+
     for i in range(3):
         for name, (shape, *_) in LAYERS.items():
             state[f"blocks.{i}.{name}.weight"] = torch.randn(shape)
@@ -163,6 +166,7 @@ def hugging_face(state, style, prefix):
     out = {
         f"{prefix}embeddings.cls_token": state["cls_token"], "classifier.weight": torch.ones(9, 48),
         "decoder.decoder_layers.0.layernorm_before.weight": torch.ones(4)}
+
     for name, x in state.items():
         name, _, kind = name.rpartition(".")
         if name in OUTSIDE:
@@ -193,6 +197,7 @@ def test_a_vit_initializes_both_streams(tmp_path):
     target = avmae.Classifier(avmae.ClassifierConfig(
         source.config.modalities, source.config.size, fusion_layer=1, num_classes=(7,)))
     avmae.transfer(source, target)
+
     kernel = state[KERNEL]
     video = target.patch_embed["video"].proj.weight.reshape(48, 2, 8, 8, 3)  # (t, h, w, c)
     assert not video[:, 0].any() and video[:, 1].equal(kernel.permute(0, 2, 3, 1))
@@ -355,6 +360,7 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
         "evil.pt": {"config": Evil(), "model": {}}, "list.pt": [1, 2], "number.pt": 3,
         "other.pt": {"weights": torch.zeros(3)}, "numbers.pt": {1: torch.zeros(3)},
         "flat.pt": vit() | {KERNEL: torch.zeros(48, 192)}}
+
     for name, content in files.items():
         if isinstance(content, bytes):
             pathlib.Path(name).write_bytes(content)

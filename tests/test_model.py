@@ -131,6 +131,7 @@ def test_masks_of_longer_clips_cover_every_token(objective):
     x = {"video": torch.rand(2, 6, 16, 40, 3), "audio": torch.rand(2, 100, 32)}
     out, features = model(x), model.features(x, pool=False)
     assert not out.ids_mask["audio"].equal(model(x).ids_mask["audio"])  # drawn anew
+
     for m, tokens in ("video", 30), ("audio", 48):
         assert out.ids_mask[m].shape[1] == int(0.7 * tokens)
         together = torch.cat([out.ids_keep[m], out.ids_pred[m, m]], dim=1)
@@ -219,6 +220,7 @@ def test_reconstructions(norm_pix):
         modality, (keep, mask) = modalities[t], (part[t] for part in ids)
         original, visible, rebuilt = map(modality.patchify, clip)
         torch.testing.assert_close(clip.original, x[t])
+
         torch.testing.assert_close(avmae.take(visible, keep), avmae.take(original, keep))
         assert avmae.take(visible, mask).isnan().all()
         if t == c:
@@ -241,6 +243,7 @@ def test_reconstructions(norm_pix):
 def test_initialization():
     model = built(PretrainConfig(avmae.MODALITIES, *avmae.SIZES["small"]), random=False)
     block, embed = model.encoder.path("video")[0], model.patch_embed
+
     for layer, variance in (
             (block.attn.qkv, 2 / (2 * 384)), (block.attn.proj, 2 / (2 * 384)),
             (block.mlp.fc1, 2 / (384 + 1536)), (model.decoder_embed["audio"], 2 / (384 + 192)),
@@ -316,6 +319,7 @@ def test_segments_of_ave():
     video = replace(avmae.VIDEO, shape=(32, 32, 32))
     audio = replace(avmae.AUDIO, shape=(1000, 16))
     model = classifier(modalities={"video": video, "audio": audio}, num_segments=10)
+
     for m, frames, centers, each in (
             ("video", 32, (torch.arange(16) + 0.5) * 2 * 0.3125, 4),
             ("audio", 1000, (torch.arange(62) + 0.5) * 0.16, 1)):
@@ -344,6 +348,7 @@ def test_two_unimodal_models_initialize_a_stream_each_or_one_of_them_both():
         for p in sources[m].parameters():
             torch.nn.init.constant_(p, value)
         avmae.transfer(sources[m], target, [m])
+
     for value, m in enumerate(BOTH, start=1):
         parts = target.trunk.blocks[m], target.patch_embed[m]
         assert all((p == value).all() for part in parts for p in part.parameters())

@@ -1,4 +1,4 @@
-"""The README and the script of experiments say what is so: commands parse and build, names exist."""
+"""The README and the script of experiments say what is so: commands build, names exist."""
 
 import os
 import pathlib

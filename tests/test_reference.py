@@ -150,6 +150,7 @@ def test_layerwise_decay(which, names):
         found.setdefault(re.sub("/(query|key|value)/", "/qkv/", key), set()).add(float(x))
     if len(names) == 1:
         found.pop("bottleneck")  # ours has none
+
     assert found.keys() == parameters.keys()
     for path, (expected,) in found.items():
         assert scales[parameters[path]] == near(expected), path
@@ -263,6 +264,7 @@ def test_where_pretrained_parameters_go(official, encoder, fused):
     have = {avmae.rename(name, avmae.OFFICIAL): p for name, p in source.named_parameters()}
     if len(target.config.modalities) == 1:
         table.pop("bottleneck")  # ours has none
+
     for theirs, origin in table.items():
         theirs = theirs.replace("embedding_spec/", "embedding_spectrogram/").strip("*")
         parts = [path for path in got if path.startswith(theirs)]
