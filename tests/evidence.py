@@ -6,9 +6,9 @@ and test clips); the interval of a difference is a t-interval over the pretraini
 mean over these draws.
 
 Every run is a command of the two scripts, on one thread; --jobs says how many run at once. What is
-done is not repeated, what was stopped goes on, the first questions come first. After each question
-the answers so far go to assets/results.json, from which assets/results.md is made. All of it takes
-some five hours of one core (two and a half of two); the first five questions half of that.
+done is not repeated, what was stopped goes on. The answers so far are in assets/results.json, from
+which assets/results.md is made. All of it takes some five hours of one core, the first five
+questions half of that.
 """
 
 import argparse
@@ -42,8 +42,7 @@ MODELS = {  # name: flags of train_pretrain.py
     "mid": "--epochs 20",
     "audio-only": "--epochs 20 --encoder separate --modalities audio",
     "video-only": "--epochs 20 --encoder separate --modalities video",
-    "5-epochs": "--epochs 5",
-    "10-epochs": "--epochs 10",
+    "5-epochs": "--epochs 5", "10-epochs": "--epochs 10",
     "half": "--epochs 40 --fraction 0.5",
     "inpainting": "--epochs 16 --encoder early --objective inpaint_both --mask-audio 0.95 "
     "--mask-video 0.7 --batch 16 --lr 3.2e-2",  # of the picture: hardly any sound is visible
@@ -83,17 +82,16 @@ QUESTIONS = {  # question: [(a side, the other, what the paper found)]; a side: 
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# Runs
+# ------------------------------------------------------------------------------------------- runs
+
+
+def sides_of(comparisons):
+    return list(dict.fromkeys(side for *both, _ in comparisons for side in both))
 
 
 def sources_of(model):
     """The pretrained models that a side starts from: none, one, or one for each modality."""
     return [] if model == "scratch" else model.split(" + ")
-
-
-def sides_of(comparisons):
-    return list(dict.fromkeys(side for *both, _ in comparisons for side in both))
 
 
 def draw_of(side, seed, draw):
@@ -103,32 +101,31 @@ def draw_of(side, seed, draw):
 
 def finetuning(side, seed, draw, runs):
     """A command; a side's inputs say on which modalities, and whether the encoder is frozen."""
-    model, inputs = side
-    command = ["train_finetune.py", "--modalities", *inputs.removesuffix(" probe").split()]
-    if inputs.endswith(" probe"):
-        command += ["--model", "probe"]
+    (model, inputs), init = side, []
     if model != "scratch":
-        command += ["--init", *(f"{runs}/{name}/{seed}/last.pt" for name in sources_of(model))]
-    return [*command, "--eval-every", "1000", "--seed", f"{10 * seed + draw}"]
+        init = ["--init", *(f"{runs}/{name}/{seed}/last.pt" for name in sources_of(model))]
+    inputs = inputs.replace(" probe", " --model probe").split()
+
+    return [
+        "train_finetune.py", "--modalities", *inputs, *init, "--eval-every", "1000", "--seed",
+        f"{10 * seed + draw}"]
 
 
 def plan_of(args):
     """{run: command} in the order of the questions; what a run needs comes before it."""
     plan = {}
 
-    def pretrain(model):
-        for seed in args.seeds:
-            command = ["train_pretrain.py", *MODELS[model].split(), "--seed", f"{seed}"]
-            plan.setdefault(f"{model}/{seed}", command)
+    def pretrain(models):
+        for model, seed in itertools.product(models, args.seeds):
+            flags = MODELS[model].split()
+            plan[f"{model}/{seed}"] = ["train_pretrain.py", *flags, "--seed", f"{seed}"]
 
-    for comparisons in QUESTIONS.values():
-        sides = sides_of(comparisons)
-        for model in (name for model, _ in sides for name in sources_of(model)):
-            pretrain(model)
+    for sides in map(sides_of, QUESTIONS.values()):
+        pretrain(name for model, _ in sides for name in sources_of(model))
         for which in itertools.product(sides, args.seeds, args.draws):
-            plan.setdefault(draw_of(*which), finetuning(*which, args.out))
+            plan[draw_of(*which)] = finetuning(*which, args.out)
 
-    pretrain("inpainting")
+    pretrain(["inpainting"])
     return {name: x + (TINY[x[0]] if args.tiny else []) for name, x in plan.items()}
 
 
@@ -153,8 +150,7 @@ def run(out, command, needed):
     (out / "seconds.txt").write_text(f"{time.monotonic() - start:.0f}")
 
 
-# ---------------------------------------------------------------------------------------------
-# Answers
+# ---------------------------------------------------------------------------------------- answers
 
 
 def compare(a, b, paper, top1):
@@ -177,55 +173,67 @@ def compare(a, b, paper, top1):
         "verdict": "agrees" if agrees else "disagrees" if disagrees else "cannot tell"}
 
 
-def collect(args, plan):
-    """Writes the answers so far, and a line for each run that is done, to results.json."""
-    done, lines, settings = {}, [], {}
-    for name, command in plan.items():
-        if (args.out / name / "seconds.txt").exists():
-            x = json.loads((args.out / name / "results.json").read_text())
-            done[name] = x.get("metrics", x.get("held_out"))
-            settings[command[0]] = {
-                k: v for k, v in x["settings"].items() if k not in ("out", "init", "seed")}
-            row = {"command": shlex.join(["python", *command]), "figures": done[name]}
-            row["seconds"] = int((args.out / name / "seconds.txt").read_text())
-            lines.append(f"  {json.dumps(name)}: {json.dumps(row)}")
+def answers_of(runs, seeds, draws):
+    """{question: its comparisons} of the questions whose runs are all done."""
 
     def top1(side):
-        runs = [[done[draw_of(side, seed, draw)] for draw in args.draws] for seed in args.seeds]
-        return [100 * statistics.mean(x["top-1"] for x in draws) for draws in runs]
+        names = [[draw_of(side, seed, draw) for draw in draws] for seed in seeds]
+        return [100 * statistics.mean(runs[n]["figures"]["top-1"] for n in some) for some in names]
 
     answers = {}
     for question, comparisons in QUESTIONS.items():
-        needed = itertools.product(sides_of(comparisons), args.seeds, args.draws)
-        if all(draw_of(*which) in done for which in needed):
+        needed = itertools.product(sides_of(comparisons), seeds, draws)
+        if all(draw_of(*which) in runs for which in needed):
             answers[question] = [compare(*x, top1) for x in comparisons]
+
+    return answers
+
+
+def collect(args, plan):
+    """Writes the answers so far, and a line for each run that is done, to results.json."""
+    runs, settings = {}, {}
+
+    for name, command in plan.items():
+        folder = args.out / name
+        if (folder / "seconds.txt").exists():
+            x = json.loads((folder / "results.json").read_text())
+            runs[name] = {
+                "command": shlex.join(["python", *command]),
+                "figures": x.get("metrics", x.get("held_out")),
+                "seconds": int((folder / "seconds.txt").read_text())}
+            settings[command[0]] = {
+                k: v for k, v in x["settings"].items() if k not in ("out", "init", "seed")}
 
     about = {
         "torch": torch.__version__, "python": platform.python_version(),
         "processor": f"{os.cpu_count()} x {platform.machine()}, a run has one thread",
-        "seeds": args.seeds, "draws": args.draws, "settings": settings, "answers": answers}
+        "seeds": args.seeds, "draws": args.draws, "settings": settings,
+        "answers": answers_of(runs, args.seeds, args.draws)}
     text = json.dumps(about, indent=1).removesuffix("\n}") + ',\n "runs": {\n'
-    (args.assets / "results.json").write_text(text + ",\n".join(lines) + "\n }\n}\n")
+    text += ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in runs.items())
+    (args.assets / "results.json").write_text(f"{text}\n }}\n}}\n")
 
 
 def report(assets):
     """Makes results.md of results.json: a table, and a sentence for each question."""
     answers = json.loads((assets / "results.json").read_text())["answers"]
-    lines = ["| | top-1, % | difference, 95 % interval | the paper | |", "|---|---|---|---|---|"]
+    table = ["| | top-1, % | difference, 95 % interval | the paper | |", "|---|---|---|---|---|"]
     sentences = []
 
     for question, comparisons in answers.items():
-        lines.append(f"| **{question}** | | | | |")
+        table.append(f"| **{question}** | | | | |")
         parts = []
+
         for x in comparisons:
-            (a, b), (low, high) = (f"{m} ({i})" for m, i in (x["a"], x["b"])), x["interval"]
-            gain = f"{x['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+            a, b = (f"{model} ({inputs})" for model, inputs in (x["a"], x["b"]))
+            gain = "{:+.1f} ({:+.1f} to {:+.1f})".format(x["difference"], *x["interval"])
             means = "{:.1f} / {:.1f}".format(*x["means"])
-            lines.append(f"| {a} / {b} | {means} | {gain} | {x['paper']} | {x['verdict']} |")
+            table.append(f"| {a} / {b} | {means} | {gain} | {x['paper']} | {x['verdict']} |")
             parts.append(f"{a} against {b}, {means} %: {gain}, {x['verdict']}")
+
         sentences.append(f"* {question} {'; '.join(parts)}.")
 
-    (assets / "results.md").write_text("\n".join([*lines, "", *sentences]) + "\n")
+    (assets / "results.md").write_text("\n".join([*table, "", *sentences]) + "\n")
 
 
 def pictures(args):
@@ -251,6 +259,7 @@ def main():
     parser.add_argument("--draws", type=int, nargs="+", default=(1, 2), help="of finetuning")
     parser.add_argument("--tiny", action="store_true", help="few clips, below runs/tiny alone")
     args = parser.parse_args()
+
     os.chdir(ROOT)
     args.out = pathlib.Path("runs", "tiny" if args.tiny else "evidence")
     args.assets = args.out if args.tiny else pathlib.Path("assets")

@@ -56,37 +56,35 @@ def inputs_of(file, dtype):
 
 
 def model_of(file, dtype, **assume):
-    """Config, with the shapes of the file's inputs; our weights, and theirs {path: tensor} that the
-    importer made them of."""
+    """Config and inputs of a file; our weights, and theirs {path: tensor} that the importer made
+    them of."""
     params = {
         path: torch.tensor(x, dtype=dtype, requires_grad=True)
         for path, x in group(file, "params/").items()}
     checkpoint = avmae.from_official(params, **assume)
-    config = avmae.from_dict(checkpoint["config"])
+    config, inputs = avmae.from_dict(checkpoint["config"]), inputs_of(file, dtype)
 
-    inputs = inputs_of(file, dtype)
     modalities = {m: modality.like(inputs[m]) for m, modality in config.modalities.items()}
-    return replace(config, modalities=modalities), checkpoint["model"], params
+    return replace(config, modalities=modalities), inputs, checkpoint["model"], params
 
 
-def gradients(model, state, params):
-    """{path: gradient} of a model's weights, taken back through the importer to what it made them
-    of; of the parameters that our model has."""
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    ours = [state[name] for name in grads]
-    theirs = torch.autograd.grad(
-        ours, list(params.values()), list(grads.values()), retain_graph=True, allow_unused=True)
-    return {path: grad.double() for path, grad in zip(params, theirs) if grad is not None}
+def gradient_errors(model, state, params, file, at):
+    """The global norm, norms and arrays of a model's gradients, taken back through the importer to
+    what it made the weights of. `at` says where the file has them: "grad_raw/" or "softmax/grad/".
+    """
+    used = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = torch.autograd.grad(
+        [state[name] for name in used], list(params.values()), list(used.values()),
+        retain_graph=True, allow_unused=True)
+    grads = {path: grad.double() for path, grad in zip(params, found) if grad is not None}
 
-
-def gradient_errors(grads, file, norms, full):
-    """The global norm, norms and arrays of gradients; `norms` and `full` say where they lie."""
-    key = f"{full}global_norm" if f"{full}global_norm" in file else f"{full[:-1]}_global_norm"
+    key = f"{at}global_norm" if f"{at}global_norm" in file else f"{at[:-1]}_global_norm"
     scale = float(file[key])
     total = sum(grad.norm() ** 2 for grad in grads.values()).item() ** 0.5
     yield "global gradient norm", abs(total - scale) / max(1.0, scale), GRADIENT_BOUND
 
-    norm_of = dict(zip(map(str, file[f"{norms}/names"]), map(float, file[f"{norms}/values"])))
+    norms = at.replace("grad", "gradnorm")
+    norm_of = dict(zip(map(str, file[f"{norms}names"]), map(float, file[f"{norms}values"])))
     yield "parameters without a norm", len(grads.keys() - norm_of.keys()), 0
 
     def compare(path, difference, size):
@@ -99,7 +97,7 @@ def gradient_errors(grads, file, norms, full):
             yield compare(f"|{path}|", abs(float(grads[path].norm()) - norm), norm)
         else:  # a part that this objective does not have
             yield f"|{path}| (unused)", norm, 1e-12
-    for path, array in group(file, full).items():
+    for path, array in group(file, at).items():
         if path in grads:
             theirs = torch.tensor(array).double()
             yield compare(path, float((grads[path] - theirs).norm()), float(theirs.norm()))
@@ -108,27 +106,23 @@ def gradient_errors(grads, file, norms, full):
 def strategies(path, file):
     """What a pretraining file does not tell by its parameters: from its config, else its name."""
     official = json.loads(str(file["config_json"]))["model"] if "config_json" in file else {}
-    names = path.stem.split("__")
-    targets = sorted(OURS[k] for k in group(file, "loss_raw/") if k != "total")
+    _, encoder, decoder, *_ = [*path.stem.split("__"), "", ""]
+    target, *others = sorted(OURS[k] for k in group(file, "loss_raw/") if k != "total")
 
     objective = "joint"
     if official.get("use_inpainting", "inpainting" in path.stem):
-        other = {"video": "audio", "audio": "video"}
-        objective = (
-            "inpaint_both" if len(targets) == 2 else f"{targets[0]}_from_{other[targets[0]]}")
+        context = {"video": "audio", "audio": "video"}[target]
+        objective = "inpaint_both" if others else f"{target}_from_{context}"
     return {
-        "encoder": ENCODERS[official.get("encoder_strategy") or names[1]],
-        "decoder": DECODERS[official.get("decoder_strategy") or names[2]], "objective": objective}
+        "encoder": ENCODERS[official.get("encoder_strategy") or encoder],
+        "decoder": DECODERS[official.get("decoder_strategy") or decoder], "objective": objective}
 
 
 def check_pretraining(path, file, dtype):
     """Predictions, losses, gradients, and the unmasked encoder's output."""
-    config, state, params = model_of(file, dtype, **strategies(path, file))
-    inputs, bound = inputs_of(file, dtype), OUTPUT_BOUND[dtype]
-    ids = [
-        {m: x.long() for m, x in by_ours(file, which).items()}
-        for which in ("unmasked_indices/", "masked_indices/")]
-    modalities = {
+    config, inputs, state, params = model_of(file, dtype, **strategies(path, file))
+    ids = [by_ours(file, f"{which}_indices/", torch.long) for which in ("unmasked", "masked")]
+    bound, modalities = OUTPUT_BOUND[dtype], {
         m: replace(modality, mask_ratio=(ids[1][m].shape[1] + 0.5) / modality.tokens)
         for m, modality in config.modalities.items()}
     config = replace(config, modalities=modalities)
@@ -145,8 +139,7 @@ def check_pretraining(path, file, dtype):
 
         yield f"loss {name}", error(out.loss, file[f"loss_{name}/total"]), bound
         out.loss.backward()
-        grads = gradients(model, state, params)
-        yield from gradient_errors(grads, file, f"gradnorm_{name}", f"grad_{name}/")
+        yield from gradient_errors(model, state, params, file, f"grad_{name}/")
 
     for m, features in model.features(inputs, pool=False).items():
         yield f"features {m}", error(features, file[f"eval_out/{THEIRS[m]}"]), bound
@@ -154,8 +147,8 @@ def check_pretraining(path, file, dtype):
 
 def check_finetuning(path, file, dtype):
     """Logits at test time and in training, tokens, stochastic depth, losses, gradients."""
-    config, state, params = model_of(file, dtype, fusion_layer=2)
-    inputs, bound = inputs_of(file, dtype), OUTPUT_BOUND[dtype]
+    config, inputs, state, params = model_of(file, dtype, fusion_layer=2)
+    bound = OUTPUT_BOUND[dtype]
 
     def model_with(state=state, **settings):
         model = avmae.Classifier(replace(config, **settings)).to(dtype)
@@ -170,6 +163,7 @@ def check_finetuning(path, file, dtype):
     if len(last) > 1 and "out/bottleneck" in file:  # its scale, which norms hide from the logits
         both = {m: y[:, -file["out/bottleneck"].shape[1] :] for m, y in last.items()}
         yield "bottleneck tokens", error(mean_of(both), file["out/bottleneck"]), bound
+
     for m, theirs in ((m, THEIRS[m]) for m in config.modalities):
         yield f"tokens {m}", error(tokens[m], file[f"out/tokens_{theirs}"]), bound
         yield f"pooled {m}", error(tokens[m].mean(1), file[f"out/prelogits_{theirs}"]), bound
@@ -179,13 +173,13 @@ def check_finetuning(path, file, dtype):
         yield from check_stochastic_depth(model_with(drop_path=0.3), inputs, file, bound)
     if "out_test_without_bottlenecks/logits" in file:
         no_bottleneck = {k: v for k, v in state.items() if k != "trunk.bottleneck"}
-        alone = model_with(no_bottleneck, fusion_layer=config.size.depth)
+        alone = model_with(no_bottleneck, fusion_layer=config.size.depth)(inputs)
         theirs = file["out_test_without_bottlenecks/logits"]
-        yield "logits without bottlenecks", error(mean_of(alone(inputs)), theirs), bound
+        yield "logits without bottlenecks", error(mean_of(alone), theirs), bound
+
     for kind in "softmax", "sigmoid":
         yield from check_loss(model, inputs, kind, file, bound)
-        grads = gradients(model, state, params)
-        yield from gradient_errors(grads, file, f"{kind}/gradnorm", f"{kind}/grad/")
+        yield from gradient_errors(model, state, params, file, f"{kind}/grad/")
 
 
 def check_loss(model, inputs, kind, file, bound):
@@ -194,9 +188,7 @@ def check_loss(model, inputs, kind, file, bound):
 
     model.zero_grad()
     logits, dtype = model(inputs), model.head.weight.dtype
-    labels = {
-        m: torch.tensor(file[f"{kind}/labels_{THEIRS[m]}"], dtype=dtype)
-        for m in model.config.modalities}
+    labels = {m: torch.tensor(file[f"{kind}/labels_{THEIRS[m]}"], dtype=dtype) for m in logits}
     loss = classification_loss(logits, labels, kind, smoothing=0.3)
     yield f"{kind} loss", error(loss, file[f"{kind}/loss"]), bound
     loss.backward()
