@@ -6,7 +6,7 @@
     python train_finetune.py --eval runs/finetune/best.pt            # evaluates only
     python train_finetune.py --eval runs/finetune/best.pt --predict clip.mp4
 
-The same command resumes. What a run needs whatever it trains is in train_pretrain.py.
+The same command resumes. `Run` and `Log`, which both scripts use, are in train_pretrain.py.
 """
 
 import csv
@@ -46,7 +46,7 @@ RECIPE = {  # fixed for a run
     "layer_decay": (0.75, "learning rate of a block against that of the next"),
     "smoothing": (0.3, "label smoothing"),
     "drop_path": (0.3, "stochastic depth of the last block"),
-    "mixup": ((0.5, 0.5, 0.5), "alpha for audio, video, both; 0: off"),
+    "mixup": ((0.5, 0.5, 0.5), "alpha of a model of audio, of video, of both; 0: off"),
     "augment": ("vggsound", "augmentation of a data set's recipe; -released: without time masks"),
     "seed": (0, "of weights, order, augmentation, and of built-in clips"),
 }
@@ -73,7 +73,9 @@ AUGMENT = {
     "epic": replace(VGGSOUND, time_shift=True),
     "audioset": replace(VGGSOUND, time_shift=True, frequency_masks=(2, 36)),
 }
-AUGMENT |= {f"{name}-released": replace(x, time_masks=(0, 0)) for name, x in AUGMENT.items()}
+AUGMENT |= {
+    f"{name}-released": replace(AUGMENT[name], time_masks=(0, 0))
+    for name in ("vggsound", "epic", "audioset")}
 
 PRESETS = {  # Tables 22, 23, 24; ave: the recipe of vggsound for a base model, one view of 10 s
     "demo": dict(  # settings chosen on other seeds than those that the README reports
@@ -469,7 +471,7 @@ if __name__ == "__main__":
     # Clips, model, and what is going to happen
 
     torch.manual_seed(args.seed)
-    train, test, task, names = clips_of(args)
+    train, test, task, names = clips_of(args)  # task: see `targets_of`
     num_classes = (97, 300) if task == "epic" else (len(names),)  # 97 verbs, 300 nouns
     if args.eval:
         model, *_ = load_classifier(args.eval, run, num_classes, names)
@@ -484,7 +486,7 @@ if __name__ == "__main__":
     # Optimizer, and where we are
 
     model.to(run.device).train()
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(model, args)  # SGD, a group for each multiplier "scale" of the rate
     saved = run.resume(model, optimizer)
     start, best = saved["step"], saved.get("best", -1.0)
 
@@ -493,9 +495,10 @@ if __name__ == "__main__":
     log = Log(run, train, loader, ["loss"], start, steps, steps_per_epoch)
 
     warmup = args.warmup * steps_per_epoch
-    peak = args.lr * args.batch / PRESETS[args.preset].get("batch", RECIPE["batch"][0])
-    audio_alpha, video_alpha, both_alpha = args.mixup
-    alpha = {("audio",): audio_alpha, ("video",): video_alpha}.get(args.modalities, both_alpha)
+    own_batch = PRESETS[args.preset].get("batch", RECIPE["batch"][0])  # that --lr is for
+    peak = args.lr * args.batch / own_batch
+    alphas = zip([("audio",), ("video",), ("video", "audio")], args.mixup)
+    alpha = dict(alphas)[args.modalities]
     kind = "sigmoid" if task == "many" else "softmax"
     heads = num_classes if task == "epic" else None
 
@@ -516,46 +519,50 @@ if __name__ == "__main__":
     # -----------------------------------------------------------------------------------------
     # The loop
 
-    batches = iter(loader)  # of each step the rows of this process, --micro-batch at a time
-    left = range(start, steps)  # with a bar on the terminal of the first process
-    for step in tqdm(left, initial=start, total=steps, disable=run.rank > 0 or None):
+    batches = iter(loader)  # on the device, a micro-batch of this process at a time
+    count = len(run.micro_batches)
+    bar = tqdm(range(start, steps), initial=start, total=steps, disable=run.rank > 0 or None)
+
+    for step in bar:
         total, index = 0, []
 
-        for first in run.rows[:: run.micro]:  # rows first to first + micro of the global batch
+        # Gradient accumulation: the micro-batches are slices of the global batch.
+        for rows in run.micro_batches:
             batch = next(batches)  # {video: (b, T, H, W, 3) bytes, audio: (b, T, F), label: (b, K)}
             inputs = {m: batch[m] for m in model.config.modalities}
             target = targets_of(task, batch["label"], num_classes)  # (b, C)
             index.append(batch["index"])
 
-            # Each modality is mixed with a weight of its own, and has its own labels {m: (b, C)}.
-            part = first // run.micro  # clips are mixed with clips of the same pass
+            # Each modality is mixed by a weight of its own, from Beta(alpha, alpha), as numbers in
+            # [-1, 1], and so has its own labels {m: (b, C)}.
+            part = rows.start // run.micro
             inputs, labels = mixed(inputs, target, alpha, args.seed, step, part)
 
-            # DropPath's draws; here, since a loader that starts draws from torch, too.
+            # DropPath's; not once for all, since a loader that is started draws a number, too.
             torch.manual_seed((args.seed * 1_000_003 + step) * args.batch + part)
-            net.require_backward_grad_sync = first + run.micro == run.rows.stop  # DDP: in the last
+            net.require_backward_grad_sync = rows == run.micro_batches[-1]  # DDP: once a step
             with run.autocast:
                 logits = net(inputs)  # {m: (b, C)}
             loss = classification_loss(logits, labels, kind, args.smoothing, heads)
-            (loss / run.passes).backward()
-            total = total + loss.detach() / run.passes
+            (loss / count).backward()
+            total = total + loss.detach() / count
 
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-        rate = learning_rate(step, peak, warmup, steps)
+        rate = learning_rate(step, peak, warmup, steps)  # linear warm-up, then a cosine to 0
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * rate
-        optimizer.found_inf = (~norm.isfinite()).float()  # GradScaler's switch: at 1, no step
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+        optimizer.found_inf = (~norm.isfinite()).float()  # at 1, a fused optimizer does not step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         if log.note(step, total[None], norm, torch.cat(index), rate):  # every --log-every steps
-            if log.passed_epochs(args.eval_every):  # but for the last, which the end looks at
+            if log.passed_epochs(args.eval_every):  # not at the last step: see below
                 best = look(best)
-            # Every --save-every minutes; if told to stop, then it ends.
+            # Every --save-every minutes; after SIGTERM, then exits.
             log.save(model, optimizer, best=best, task=task, names=names)
 
     # -----------------------------------------------------------------------------------------
-    # How well it classifies: a run that was not stopped ends here, one of no steps, too
+    # How well it classifies: a finished run, and one of no steps (--eval)
 
     look(best)
     log.curves()

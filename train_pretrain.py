@@ -34,8 +34,8 @@ import avmae
 import data
 
 # ---------------------------------------------------------------------------------------------
-# Settings by group, as name: (default, what it is). A preset overrides a default, a flag a preset;
-# without --preset it is demo's, which overrides most of them.
+# Settings by group, as name: (default, what it is). A preset overrides a default, a flag a preset.
+# Without --preset it is the preset demo.
 
 DATA = {  # of both scripts; may change on resume
     "data": ("", "folder of video files, or one file; none: the built-in clips (preset demo)"),
@@ -69,10 +69,10 @@ RECIPE = {  # fixed for a run
     "clips": (4096, "number of built-in clips, and of those of a dry run without --data"),
     "fraction": (1.0, "share of the training clips to use (Table 17)"),
     "repeat": (1, "rows of a batch that share a clip read once, each with its own crop and masks"),
-    "epochs": (400, "each has as many rows as there are clips (Table 5)"),
+    "epochs": (400, "each of as many rows as there are clips: --repeat R sees all in R (Table 5)"),
     "batch": (512, "clips a step, over all processes"),
     "lr": (1.5e-4, "peak learning rate for a batch of 256"),
-    "warmup": (4.0, "epochs of linear warm-up"),
+    "warmup": (4.0, "epochs of linear warm-up; then the rate falls to 0 as a cosine"),
     "seed": (0, "of weights, order, crops and masks"),
 }
 RUN = {  # of both scripts; may change on resume
@@ -241,6 +241,14 @@ def learning_rate(step, peak, warmup, steps):
     return peak * min(1.0, step / warmup if warmup else 1.0) * decay
 
 
+def weights_for(model, other, path):
+    """The parameters of another model. UserError if it has another architecture."""
+    shapes = [{(name, x.shape) for name, x in y.state_dict().items()} for y in (model, other)]
+    differ = sorted({name for name, _ in shapes[0] ^ shapes[1]})[:3]
+    avmae.require(not differ, f"{path} is another architecture: {', '.join(differ)} differ")
+    return other.state_dict()
+
+
 def decay_groups(model, weight_decay):
     """AdamW's groups: weight matrices decay; biases, LayerNorm, mask and modality tokens don't."""
     params = list(model.parameters())
@@ -405,9 +413,9 @@ class Run:
         share = max(1, args.batch // self.world)
         self.rows = range(self.rank * share, (self.rank + 1) * share)  # of the global batch
         self.micro = args.micro_batch or share
-        self.passes = share // self.micro
+        self.micro_batches = [slice(k, k + self.micro) for k in self.rows[:: self.micro]]
         avmae.require(
-            args.eval or self.world * self.passes * self.micro == args.batch,
+            args.eval or self.world * len(self.micro_batches) * self.micro == args.batch,
             f"a batch of {args.batch} is not divided by {self.world} processes x {self.micro} "
             "clips a forward pass: change --batch or --micro-batch")
 
@@ -455,8 +463,8 @@ class Run:
         self.print(f"model   {kind}, {sum(p.numel() for p in model.parameters()):,} parameters")
         self.print(f"clips   {len(train):,} to train on, {len(held_out):,} held out")
         self.print(
-            f"steps   {steps:,}, {steps_per_epoch:,} an epoch; processes x passes x clips = "
-            f"{self.world} x {self.passes} x {self.micro} = {args.batch} a step")
+            f"steps   {steps:,}, {steps_per_epoch:,} an epoch; processes x micro-batches x clips "
+            f"= {self.world} x {len(self.micro_batches)} x {self.micro} = {args.batch} a step")
         self.print(
             f"folder  {self.out}: last.pt, log.jsonl, settings.json, curves.svg, results.json")
 
@@ -745,6 +753,7 @@ if __name__ == "__main__":
     # Model, clips, and what is going to happen
 
     torch.manual_seed(args.seed)
+    # What a foreign checkpoint (the authors') does not say of itself.
     foreign = dict(encoder=args.encoder, decoder=args.decoder, objective=args.objective)
     if args.eval:
         model = run.load_model(args.eval, **foreign)
@@ -764,16 +773,12 @@ if __name__ == "__main__":
 
     model.to(run.device)
     optimizer = torch.optim.AdamW(
-        decay_groups(model, WEIGHT_DECAY), betas=(0.9, 0.95), eps=1e-8, fused=True)
+        decay_groups(model, WEIGHT_DECAY),  # of matrices; not of biases, norms and tokens
+        betas=(0.9, 0.95), eps=1e-8, fused=True)
     start = run.resume(model, optimizer)["step"]
 
     if args.init and not start:
-        given = run.load_model(args.init, **foreign).state_dict()
-        shapes = [{(k, x.shape) for k, x in y.items()} for y in (given, model.state_dict())]
-        differ = sorted({name for name, _ in shapes[0] ^ shapes[1]})[:3]
-        avmae.require(
-            not differ, f"{args.init} is another architecture: {', '.join(differ)} differ")
-        model.load_state_dict(given)
+        model.load_state_dict(weights_for(model, run.load_model(args.init, **foreign), args.init))
 
     net = run.wrap(model)  # the same model, compiled and in DDP if asked for
     loader = run.load(train, steps=range(start, steps))
@@ -790,55 +795,59 @@ if __name__ == "__main__":
         said = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
         run.print(f"held out: {said or 'no clip can be read'}")
 
-        every = 5 if len(held_out) > 15 else 1  # 5: things differ
-        few = [(0, i, 0) for i in range(0, len(held_out), every)]  # a key: (pass, clip, draw)
-        for batch in run.load(held_out, batches=[few[:4]]) if run.rank == 0 else ():
+        if run.rank == 0:
+            every = 5 if len(held_out) > 15 else 1  # among the built-in things, of several kinds
+            few = [(0, i, 0) for i in range(0, len(held_out), every)]  # (epoch, clip, draw)
             (run.out / "pictures").mkdir(exist_ok=True)
-            draw(model, batch, run.out / "pictures" / f"{log.done:07d}")
+            for batch in run.load(held_out, batches=[few[:4]]):
+                draw(model, batch, run.out / "pictures" / f"{log.done:07d}")
         return errors, read
 
     # -----------------------------------------------------------------------------------------
     # The loop
 
-    batches = iter(loader)  # of each step the rows of this process, --micro-batch at a time
-    left = range(start, steps)  # with a bar on the terminal of the first process
-    for step in tqdm(left, initial=start, total=steps, disable=run.rank > 0 or None):
+    batches = iter(loader)  # on the device, a micro-batch of this process at a time
+    count = len(run.micro_batches)
+    bar = tqdm(range(start, steps), initial=start, total=steps, disable=run.rank > 0 or None)
+
+    for step in bar:
         losses, index = 0, []
 
-        for first in run.rows[:: run.micro]:  # rows first to first + micro of the global batch
+        # Gradient accumulation: the micro-batches are slices of the global batch.
+        for rows in run.micro_batches:
             batch = next(batches)  # {video: (b, T, H, W, 3) bytes, audio: (b, T, F), index: (b,)}
             inputs = {m: batch[m] for m in model.config.modalities}
             index.append(batch["index"])
 
-            # Masks are drawn for the whole batch from (seed, step); these are those of its rows.
-            rows = slice(first, first + run.micro)
+            # Masks of the global batch come from (seed, step): the same on any number of processes.
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
             ids = avmae.random_masking(model.config.modalities, args.batch, generator, rows)
             ids = run.to_device(ids)  # ids_keep {m: (b, V)}, ids_mask {m: (b, M)}
 
-            net.require_backward_grad_sync = rows.stop == run.rows.stop  # DDP: in the last pass
+            net.require_backward_grad_sync = rows == run.micro_batches[-1]  # DDP: once a step
             with run.autocast:
                 out = net(inputs, ids)
-            (out.loss / run.passes).backward()
-            losses = losses + torch.stack([out.loss, *out.losses.values()]).detach() / run.passes
+            (out.loss / count).backward()
+            losses = losses + torch.stack([out.loss, *out.losses.values()]).detach() / count
 
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.found_inf = (~norm.isfinite()).float()  # GradScaler's switch: at 1, no step
-        rate = learning_rate(step, peak, warmup, steps)
+        rate = learning_rate(step, peak, warmup, steps)  # linear warm-up, then a cosine to 0
         for group in optimizer.param_groups:
             group["lr"] = rate
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        optimizer.found_inf = (~norm.isfinite()).float()  # at 1, a fused optimizer does not step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         if log.note(step, losses, norm, torch.cat(index), rate):  # every --log-every steps
-            if log.passed_epochs(args.eval_every):  # but for the last, which the end looks at
+            if log.passed_epochs(args.eval_every):  # not at the last step: see below
                 look()
-            log.save(model, optimizer)  # every --save-every minutes; if told to stop, then it ends
+            log.save(model, optimizer)  # every --save-every minutes; after SIGTERM, then exits
 
     # -----------------------------------------------------------------------------------------
-    # What it has learned: a run that was not stopped ends here, one of no steps, too
+    # What it has learned: of a finished run, and of one of no steps (--eval)
 
-    (errors, read), results = look(), {}
+    errors, read = look()
+    results = {}
     avmae.require(errors or not args.eval, "none of the held-out clips can be read")
     if run.rank == 0 and errors:
         # The best constant, estimated on the CPU from up to 512 training and 256 held-out clips.
