@@ -134,12 +134,12 @@ def test_an_unused_bottleneck_is_dropped_and_said():
 # ---------------------------------------------------------------------- timm's and Hugging Face's
 
 LAYERS = {  # of a small ViT's blocks, by timm's names: shape; Hugging Face's in files, in memory
-    "norm1": ((48,), "layernorm_before", "layernorm_before"),
-    "norm2": ((48,), "layernorm_after", "layernorm_after"),
-    "attn.qkv": ((144, 48), "attention.attention.{}", "attention.{}_proj"),
-    "attn.proj": ((48, 48), "attention.output.dense", "attention.o_proj"),
-    "mlp.fc1": ((96, 48), "intermediate.dense", "mlp.fc1"),
-    "mlp.fc2": ((48, 96), "output.dense", "mlp.fc2")}
+    "norm1": ((192,), "layernorm_before", "layernorm_before"),
+    "norm2": ((192,), "layernorm_after", "layernorm_after"),
+    "attn.qkv": ((576, 192), "attention.attention.{}", "attention.{}_proj"),
+    "attn.proj": ((192, 192), "attention.output.dense", "attention.o_proj"),
+    "mlp.fc1": ((96, 192), "intermediate.dense", "mlp.fc1"),
+    "mlp.fc2": ((192, 96), "output.dense", "mlp.fc2")}
 OUTSIDE = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
 KERNEL = "patch_embed.proj.weight"
 QKV = [("query", "key", "value"), ("q", "k", "v")]
@@ -148,11 +148,11 @@ QKV = [("query", "key", "value"), ("q", "k", "v")]
 def vit(*patch, channels=3):
     torch.manual_seed(0)
     state = {
-        "cls_token": torch.zeros(1, 1, 48), "pos_embed": torch.zeros(1, 5, 48),
-        "norm.weight": torch.rand(48), "norm.bias": torch.rand(48),
-        "head.weight": torch.zeros(10, 48), "head.bias": torch.zeros(10),
-        KERNEL: torch.randn(48, channels, *(patch or (8, 8))),
-        "patch_embed.proj.bias": torch.randn(48)}
+        "cls_token": torch.zeros(1, 1, 192), "pos_embed": torch.zeros(1, 5, 192),
+        "norm.weight": torch.rand(192), "norm.bias": torch.rand(192),
+        "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10),
+        KERNEL: torch.randn(192, channels, *(patch or (8, 8))),
+        "patch_embed.proj.bias": torch.randn(192)}
 
     for i in range(3):
         for name, (shape, *_) in LAYERS.items():
@@ -164,7 +164,7 @@ def vit(*patch, channels=3):
 def hugging_face(state, style, prefix):
     """A state dict in timm's names -> in Hugging Face's, of files (style 0) or in memory (1)."""
     out = {
-        f"{prefix}embeddings.cls_token": state["cls_token"], "classifier.weight": torch.ones(9, 48),
+        f"{prefix}embeddings.cls_token": state["cls_token"], "classifier.weight": torch.ones(9, 4),
         "decoder.decoder_layers.0.layernorm_before.weight": torch.ones(4)}
 
     for name, x in state.items():
@@ -193,15 +193,16 @@ def test_a_vit_initializes_both_streams(tmp_path):
     wrapped = {"state_dict": {f"module.{k}": v for k, v in state.items()}}
     source = load(wrapped, tmp_path / "vit.pth")
     assert "cls_token, head, pos_embed" in source.notes[1] and "erf GELU" in source.notes[2]
+    assert source.config.size == avmae.Size(192, 3, 3, 96)
 
     target = avmae.Classifier(avmae.ClassifierConfig(
         source.config.modalities, source.config.size, fusion_layer=1, num_classes=(7,)))
     avmae.transfer(source, target)
 
     kernel = state[KERNEL]
-    video = target.patch_embed["video"].proj.weight.reshape(48, 2, 8, 8, 3)  # (t, h, w, c)
+    video = target.patch_embed["video"].proj.weight.reshape(192, 2, 8, 8, 3)  # (t, h, w, c)
     assert not video[:, 0].any() and video[:, 1].equal(kernel.permute(0, 2, 3, 1))
-    audio = target.patch_embed["audio"].proj.weight.reshape(48, 8, 8)
+    audio = target.patch_embed["audio"].proj.weight.reshape(192, 8, 8)
     torch.testing.assert_close(audio, kernel.sum(1))
     for blocks in target.trunk.blocks.values():
         for name, x in blocks[2].state_dict().items():  # timm's names are ours
@@ -213,20 +214,20 @@ def test_a_vit_initializes_both_streams(tmp_path):
 def test_a_vit_of_one_channel_is_an_audio_model(tmp_path, name):
     source, kernel = load(vit(channels=1), tmp_path / name), vit(channels=1)[KERNEL]
     assert list(source.config.modalities) == ["audio"]
-    assert source.patch_embed["audio"].proj.weight.equal(kernel.reshape(48, 64))
+    assert source.patch_embed["audio"].proj.weight.equal(kernel.reshape(192, 64))
 
 
 def test_videomaes_tubelets_and_biases(tmp_path):
     state = {f"encoder.{k}": v for k, v in vit(2, 8, 8).items() if "qkv.bias" not in k}
     for i in range(3):
-        state[f"encoder.blocks.{i}.attn.q_bias"] = torch.ones(48)
-        state[f"encoder.blocks.{i}.attn.v_bias"] = torch.full((48,), 2.0)
+        state[f"encoder.blocks.{i}.attn.q_bias"] = torch.ones(192)
+        state[f"encoder.blocks.{i}.attn.v_bias"] = torch.full((192,), 2.0)
     state["decoder.blocks.0.norm1.weight"] = torch.ones(4)
 
     source = load({"model": state, "epoch": 3}, tmp_path / "videomae.pth")
     bias = source.encoder.path("video")[0].attn.qkv.bias
-    assert bias.equal(torch.tensor([1.0, 0.0, 2.0]).repeat_interleave(48))
-    ours = source.patch_embed["video"].proj.weight.reshape(48, 2, 8, 8, 3)
+    assert bias.equal(torch.tensor([1.0, 0.0, 2.0]).repeat_interleave(192))
+    ours = source.patch_embed["video"].proj.weight.reshape(192, 2, 8, 8, 3)
     assert ours.equal(state[f"encoder.{KERNEL}"].permute(0, 2, 3, 4, 1))
 
 
@@ -240,7 +241,7 @@ def test_hugging_faces_names_mean_timms(prefix, patch, style):
         theirs = {re.sub(r"(q)uery\.bias|(v)alue\.bias", r"\1\2_bias", k): x
                   for k, x in theirs.items() if not k.endswith("key.bias")}
         for i in range(3):
-            state[f"blocks.{i}.attn.qkv.bias"][48:96] = 0
+            state[f"blocks.{i}.attn.qkv.bias"][192:384] = 0
 
     found, timm = avmae.from_foreign(theirs), avmae.from_foreign(state)
     assert found["notes"][1] == "left: classifier, cls_token, decoder"
@@ -252,10 +253,10 @@ def test_a_norm_of_another_name_or_none_and_parts_unknown(tmp_path):
     path, state = tmp_path / "vit.pth", vit()
     pooled = {f"fc_{k}" if k.startswith("norm.") else k: v for k, v in state.items()}
     none = {k: v for k, v in state.items() if not k.startswith("norm.")}
-    for given, expected in (pooled, state["norm.weight"]), (none, torch.ones(48)):
+    for given, expected in (pooled, state["norm.weight"]), (none, torch.ones(192)):
         assert load(given, path).encoder.stacks("video")[0].norm.weight.equal(expected)
     with pytest.raises(avmae.UserError, match="blocks.0.ls1.gamma"):
-        load(state | {"blocks.0.ls1.gamma": torch.ones(48)}, path)
+        load(state | {"blocks.0.ls1.gamma": torch.ones(192)}, path)
 
 
 def library_model(kind):
@@ -317,8 +318,8 @@ def test_export_and_load_give_identical_outputs(tmp_path, kind, suffix):
     if suffix == ".safetensors":
         pytest.importorskip("safetensors")
     path = tmp_path / f"weights{suffix}"
-    model = small_model() if kind == "pretrain" else avmae.Classifier(
-        avmae.ClassifierConfig(BOTH, SIZES["size"], fusion_layer=1, num_classes=(3, 4)))
+    model = small_model() if kind == "pretrain" else avmae.Classifier(avmae.ClassifierConfig(
+        BOTH, SIZES["size"], fusion_layer=1, num_classes=(3, 4), drop_path=0.9)).eval()
     avmae.save(model, path, names=["a", "b"])
 
     again = avmae.load_model(path)
@@ -359,7 +360,7 @@ def test_hostile_and_damaged_files_are_refused(tmp_path, monkeypatch):
         "unfit.pt": {"config": avmae.to_dict(model.config), "model": state},
         "evil.pt": {"config": Evil(), "model": {}}, "list.pt": [1, 2], "number.pt": 3,
         "other.pt": {"weights": torch.zeros(3)}, "numbers.pt": {1: torch.zeros(3)},
-        "flat.pt": vit() | {KERNEL: torch.zeros(48, 192)}}
+        "flat.pt": vit() | {KERNEL: torch.zeros(192, 192)}}
 
     for name, content in files.items():
         if isinstance(content, bytes):
