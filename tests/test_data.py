@@ -603,8 +603,8 @@ def test_epic_kitchens_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize("head", ["", "Category&VideoID&Quality&StartTime&EndTime\n"])
 def test_ave(tmp_path, head):
     touch(tmp_path, "abc.mp4", "def.mp4")
-    index = listed(tmp_path, head + "Dog, bark&abc&good&2&5\nZoo&def&good&0&10\n", name="a.txt")
-    assert index.classes == ("Dog, bark", "Zoo", "background") and index.task == "ave"
+    index = listed(tmp_path, head + "Dog, bark&abc&good&2&5\nzoo&def&good&0&10\n", name="a.txt")
+    assert index.classes == ("Dog, bark", "zoo", "background") and index.task == "ave"
     assert index.labels[0].tolist() == [2, 2, 0, 0, 0, 2, 2, 2, 2, 2]
     assert (index.labels[1] == 1).all() and np.isnan(index.start).all()
 
@@ -974,6 +974,8 @@ def test_built_in_clips_are_deterministic():
     assert one["video"].dtype == torch.uint8 and one["audio"].dtype == torch.float32
     assert one["label"].tolist() == [5] and one["index"] == 5 and a.classes[5] == "striped diamond"
     assert set(data.Builtin(8, window, 1, ["audio"])[0, 5, 0]) == {"audio", "label", "index", "bad"}
+    one.clear()  # what is given is not what is kept
+    assert a[0, 5, 0].keys() == same.keys()
 
 
 def scenes(seed, count, **only):
