@@ -28,25 +28,27 @@ import data  # noqa: E402
 import media  # noqa: E402
 
 
+GOOD = {  # files of many kinds: settings of media.write
+    "h264.mp4": dict(), "mpeg4.avi": dict(codec="mpeg4", audio_codec="mp3"),
+    "pcm.mkv": dict(audio_codec="pcm_s16le", layout="mono"),
+    "mjpeg.mkv": dict(codec="mjpeg", audio_codec="pcm_s16le"),
+    "odd.mp4": dict(size=(66, 50), fps=7, rate=8_000, layout="mono"),
+    "many.mkv": dict(layout="7.1", rate=48_000, audio_codec="pcm_s16le"),
+    "late.mp4": dict(audio_start=1.0), "short_sound.mp4": dict(audio_seconds=0.7),
+    "long_sound.mp4": dict(audio_seconds=6.0), "one_frame.mp4": dict(times=[0.0]),
+    "shifted.mkv": dict(start=3.0), "4k.mp4": dict(size=(3840, 2160), times=[0.0, 0.5]),
+    "no_end.mkv": dict(times=[0.0, 2.4]), "mute.mp4": dict(audio=False),
+    "blind.mp4": dict(video=False)}
+
+
 def damaged(folder, per_kind=10, seed=0):
     """Writes damaged variants of good files; returns how many there are."""
     rng = random.Random(seed)
-    good = {
-        "h264.mp4": dict(), "mpeg4.avi": dict(codec="mpeg4", audio_codec="mp3"),
-        "pcm.mkv": dict(audio_codec="pcm_s16le", layout="mono"),
-        "mjpeg.mkv": dict(codec="mjpeg", audio_codec="pcm_s16le"),
-        "odd.mp4": dict(size=(66, 50), fps=7, rate=8_000, layout="mono"),
-        "many.mkv": dict(layout="7.1", rate=48_000, audio_codec="pcm_s16le"),
-        "late.mp4": dict(audio_start=1.0), "short_sound.mp4": dict(audio_seconds=0.7),
-        "long_sound.mp4": dict(audio_seconds=6.0), "one_frame.mp4": dict(times=[0.0]),
-        "shifted.mkv": dict(start=3.0), "4k.mp4": dict(size=(3840, 2160), times=[0.0, 0.5]),
-        "no_end.mkv": dict(times=[0.0, 2.4]), "mute.mp4": dict(audio=False),
-        "blind.mp4": dict(video=False)}
     files = {
         name: media.write(folder / name, seconds=2.5, **settings).read_bytes()
-        for name, settings in good.items()}
+        for name, settings in GOOD.items()}
 
-    for name in list(good)[:6]:
+    for name in list(GOOD)[:6]:
         (stem, suffix), content = name.split("."), files[name]
         size, fifth = len(content), len(content) // 5
         for tenth in range(1, 10):
