@@ -586,7 +586,7 @@ def test_epic_kitchens(tmp_path, way):
 
 
 def test_epic_kitchens_that_do_not_fit(tmp_path):
-    touch(tmp_path, "P01_01_2.mp4")
+    touch(tmp_path, "P01_01_2.mp4", "P01_01_2.00_3.75.mp4")
     row = EPIC.format(start="00:00:02.00", stop="00:00:03.75")
     with pytest.raises(UserError, match="first: P01_01.. Files are .* NARRATION_ID, "):
         listed(tmp_path, row)  # never that of another narration, or second
@@ -656,6 +656,7 @@ def test_plain_csv(tmp_path, text, expected):
     ("a.mp4,dog\na.mp4,1,2,cat\n", "line 2: times or labels.*: a.mp4,1,2,cat"),
     ('a.mp4,x\na.mp4,"y\na.mp4,z\n', "line 2: a quote that is not closed"),
     ('a.mp4,"x"\na.mp4,"y\na.mp4,"z"\n', "line 2: a quote that is not closed"),
+    ('a.mp4,x\na.mp4,"y\nz"\n', "line 2: .* it ends in a later line"),
     ("z.mp4,x\n", "0 of . rows"), ("a.mp4,5,2\n", "0 of . rows"),
     ("path,split\na.mp4,val\n", "0 of . rows")])
 def test_annotations_that_are_refused(tmp_path, text, words):
