@@ -976,7 +976,7 @@ def test_built_in_clips_are_deterministic():
     assert one["label"].tolist() == [5] and one["index"] == 5 and a.classes[5] == "striped diamond"
     assert set(data.Builtin(8, window, 1, ["audio"])[0, 5, 0]) == {"audio", "label", "index", "bad"}
     one.clear()  # what is given is not what is kept
-    assert a[0, 5, 0].keys() == same.keys()
+    assert a[0, 5, 0].keys() == other.keys()
 
 
 def scenes(seed, count, **only):
