@@ -471,11 +471,11 @@ def _files(folder, modalities=MODALITIES):
 
     found, seen = [], set()
     for at, folders, names in os.walk(folder, followlinks=True):
-        where = os.stat(at)
-        if (where.st_dev, where.st_ino) in seen:
+        where = os.path.realpath(at)
+        if where in seen:
             folders.clear()
             continue
-        seen.add((where.st_dev, where.st_ino))
+        seen.add(where)
         folders.sort(key=lambda name: (os.path.islink(os.path.join(at, name)), name))
 
         found += [
@@ -1087,7 +1087,7 @@ class Workers(DataLoader):
             return super().__iter__()
 
 
-class Loader:
+class Loader(Workers):
     """Yields batches on a device: {"video": (B, T, H, W, 3) uint8, "audio": (B, T, F) float32,
     "label": (B, K) int64}, and "index" (B,) int64, on the CPU.
 
@@ -1099,14 +1099,11 @@ class Loader:
 
     def __init__(self, clips, sampler, device="cpu", workers=0, tell=print):
         self.device, self.tell = torch.device(device), tell
-        self.loader = Workers(
+        super().__init__(
             clips, workers, batch_sampler=sampler, collate_fn=collate,
             pin_memory=self.device.type == "cuda")
         self.fate = "replaced" if getattr(clips, "augment", None) else "left out"
         self.drawn, self.unreadable, self.bad, self.waited = 0, 0, {}, 0.0
-
-    def __len__(self):
-        return len(self.loader)
 
     def __iter__(self):
         if self.device.type != "cuda":
@@ -1128,7 +1125,7 @@ class Loader:
 
     def batches(self):
         """Batches on the CPU, with what could not be read counted, and told once."""
-        batches = iter(self.loader)
+        batches = super().__iter__()
         while True:
             since = time.monotonic()
             batch = next(batches, None)

@@ -28,45 +28,48 @@ import data  # noqa: E402
 import media  # noqa: E402
 
 
+GOOD = {  # files of many kinds: settings of media.write
+    "h264.mp4": dict(), "mpeg4.avi": dict(codec="mpeg4", audio_codec="mp3"),
+    "pcm.mkv": dict(audio_codec="pcm_s16le", layout="mono"),
+    "mjpeg.mkv": dict(codec="mjpeg", audio_codec="pcm_s16le"),
+    "odd.mp4": dict(size=(66, 50), fps=7, rate=8_000, layout="mono"),
+    "many.mkv": dict(layout="7.1", rate=48_000, audio_codec="pcm_s16le"),
+    "late.mp4": dict(audio_start=1.0), "short_sound.mp4": dict(audio_seconds=0.7),
+    "long_sound.mp4": dict(audio_seconds=6.0), "one_frame.mp4": dict(times=[0.0]),
+    "shifted.mkv": dict(start=3.0), "4k.mp4": dict(size=(3840, 2160), times=[0.0, 0.5]),
+    "no_end.mkv": dict(times=[0.0, 2.4]), "mute.mp4": dict(audio=False),
+    "blind.mp4": dict(video=False)}
+
+
 def damaged(folder, per_kind=10, seed=0):
     """Writes damaged variants of good files; returns how many there are."""
     rng = random.Random(seed)
-    good = {
-        "h264.mp4": dict(), "mpeg4.avi": dict(codec="mpeg4", audio_codec="mp3"),
-        "pcm.mkv": dict(audio_codec="pcm_s16le", layout="mono"), "mjpeg.mkv": dict(codec="mjpeg"),
-        "odd.mp4": dict(size=(66, 50), fps=7, rate=8_000, layout="mono"),
-        "many.mkv": dict(layout="7.1", rate=48_000, audio_codec="pcm_s16le"),
-        "late.mp4": dict(audio_start=1.0), "short_sound.mp4": dict(audio_seconds=0.7),
-        "long_sound.mp4": dict(audio_seconds=6.0), "one_frame.mp4": dict(times=[0.0]),
-        "shifted.mkv": dict(start=3.0), "4k.mp4": dict(size=(3840, 2160), times=[0.0, 0.5]),
-        "no_end.mkv": dict(times=[0.0, 2.4]), "mute.mp4": dict(audio=False),
-        "blind.mp4": dict(video=False)}
-    contents = {}
-    for name, settings in good.items():
-        if settings.get("codec") == "mjpeg":
-            settings = settings | {"audio_codec": "pcm_s16le"}
-        contents[name] = media.write(folder / name, seconds=2.5, **settings).read_bytes()
-    for name, content in list(contents.items())[:6]:
-        stem, suffix = name.split(".")
+    files = {
+        name: media.write(folder / name, seconds=2.5, **settings).read_bytes()
+        for name, settings in GOOD.items()}
+
+    for name in list(GOOD)[:6]:
+        (stem, suffix), content = name.split("."), files[name]
+        size, fifth = len(content), len(content) // 5
         for tenth in range(1, 10):
-            (folder / f"{stem}_cut{tenth}.{suffix}").write_bytes(
-                content[: len(content) * tenth // 10])
+            files[f"{stem}_cut{tenth}.{suffix}"] = content[: size * tenth // 10]
+
         for k in range(3 * per_kind):
             flipped = bytearray(content)
             for _ in range(rng.choice((1, 20, 400))):
-                flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
-            (folder / f"{stem}_flip{k}.{suffix}").write_bytes(flipped)
+                flipped[rng.randrange(size)] ^= 1 << rng.randrange(8)
+            files[f"{stem}_flip{k}.{suffix}"] = flipped
         for k in range(per_kind):
-            zeroed = bytearray(content)
-            at = rng.randrange(len(zeroed))
-            zeroed[at : at + len(zeroed) // 5] = bytes(len(zeroed[at : at + len(zeroed) // 5]))
-            (folder / f"{stem}_zero{k}.{suffix}").write_bytes(zeroed)
-        (folder / f"{stem}_renamed.mov").write_bytes(content)
-    (folder / "empty.mp4").write_bytes(b"")
-    (folder / "locked.mp4").write_bytes(contents["h264.mp4"])
+            at = rng.randrange(size)
+            zeroed = content[:at] + bytes(fifth) + content[at + fifth :]
+            files[f"{stem}_zero{k}.{suffix}"] = zeroed[:size]
+        files[f"{stem}_renamed.mov"] = content
+
+    files |= {"empty.mp4": b"", "locked.mp4": files["h264.mp4"], "text.mp4": b"no video"}
+    files["list.mp4"] = b"ffconcat version 1.0\nfile h264.mp4\n"
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     (folder / "locked.mp4").chmod(0)
-    (folder / "text.mp4").write_text("no video")
-    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile h264.mp4\n")
     os.mkfifo(folder / "pipe.mp4")
     (folder / "folder.mp4").mkdir()
     return len(data.find_clips(folder))
@@ -191,7 +194,9 @@ def use_of(pids):
 
 
 def load(clips, count):
-    return data.Loader(clips, data.Batches(len(clips), 20, 0, range(count // 20)), "cpu", 4).loader
+    """Batches as four workers make them."""
+    batches = data.Batches(len(clips), 20, 0, range(count // 20))
+    return data.Workers.__iter__(data.Loader(clips, batches, "cpu", 4))
 
 
 class Heap(ctypes.Structure):
@@ -225,7 +230,7 @@ def memory(count=20_000):
     with tempfile.TemporaryDirectory() as folder:
         damaged(pathlib.Path(folder))
         clips = Watched(data.find_clips(folder), SMALL, augment=data.Augment())
-        batches = iter(load(clips, count))
+        batches = load(clips, count)
         pids = [w.pid for w in batches._workers]
 
         print(f"{len(clips)} files, half of them bad; what four workers hold:")
@@ -280,7 +285,7 @@ def index(name="plain", rows=2_000_000):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
         assert len(clips) == rows
 
-        batches = iter(load(data.Clips(clips, SMALL, augment=data.Augment()), 4000))
+        batches = load(data.Clips(clips, SMALL, augment=data.Augment()), 4000)
         before = use_of([w.pid for w in batches._workers])[0]
         for _ in range(100 if name == "plain" else 0):  # the others' segments are beyond the files
             next(batches)
