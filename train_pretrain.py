@@ -504,7 +504,7 @@ class Run:
 
     def load_model(self, path, **assume):
         """The model of a checkpoint; says what was assumed or left out of a foreign one."""
-        model = avmae.load_model(path, **assume)
+        model = avmae.load_model(path, **FOREIGN | assume)
         for note in model.notes:
             self.print(f"{path}: {note}")
         return model

@@ -177,12 +177,16 @@ def test_columns_line_up(names):
     assert lines_up(table) and len(table) == 4
 
 
-def test_a_finished_run_says_so_again(whole):
-    """Also where a flag is typed that has its value anyway."""
+def test_a_finished_run_stays(whole):
+    """It says so again, also where a flag is typed that has its value anyway; a run of other
+    settings does not overwrite it."""
     out, _ = whole
     before = (out / "last.pt").read_bytes()
     said = run("train_pretrain", *TINY, "--out", out, "--tubelet", 2, 8, 8).stdout
     assert "of constant" in said and len(losses(out)) == 20
+
+    ran = run("train_pretrain", *TINY, "--out", out, "--encoder", "early", fails=True)
+    assert "encoder is 'mid' there and 'early' here" in ran.stderr
     assert (out / "last.pt").read_bytes() == before
 
 
@@ -281,6 +285,7 @@ def test_torchrun_restarts_a_run(tmp_path, whole):
     agent = subprocess.Popen(
         command("train_pretrain", *SAVING, "--out", tmp_path, torchrun=flags), cwd=ROOT, env=env,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     deadline, file = time.monotonic() + 120, tmp_path / "log.jsonl"
     while time.monotonic() < deadline and not (file.exists() and len(losses(tmp_path)) >= 3):
         time.sleep(0.02)
@@ -289,14 +294,6 @@ def test_torchrun_restarts_a_run(tmp_path, whole):
     os.kill(int(workers[-1]), signal.SIGKILL)
     assert agent.wait(120) == 0
     close(tmp_path, whole[0])
-
-
-def test_a_run_of_other_settings_is_not_overwritten(whole):
-    out, _ = whole
-    before = (out / "last.pt").read_bytes()
-    ran = run("train_pretrain", *TINY, "--out", out, "--encoder", "early", fails=True)
-    assert "encoder is 'mid' there and 'early' here" in ran.stderr
-    assert (out / "last.pt").read_bytes() == before
 
 
 def test_weights_can_start_another_run(tmp_path, whole):
@@ -314,6 +311,7 @@ def test_held_out_errors_depend_on_the_clips_alone(tmp_path, whole):
         run("train_pretrain", *flags, processes=processes)
         errors = results(out)["held_out"]
         found.append([x for pair in errors.values() for x in pair.values()])
+
     assert len(found[0]) == 6
     np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5, atol=1e-7)
 
@@ -327,6 +325,7 @@ def test_the_constant_that_errors_are_compared_with():
     model = avmae.AVMAE(train_pretrain.config_of(args))
     clips = [data.Builtin(20, train_pretrain.window_of(args), s) for s in (0, 1)]
     ours = train_pretrain.constant_error(model, *(loader(x, 10) for x in clips))
+
     for m, modality in model.config.modalities.items():
         train, test = (
             modality.normalize(modality.patchify(torch.stack([c[0, i, 0][m] for i in range(20)])))
