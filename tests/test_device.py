@@ -178,8 +178,12 @@ def test_a_step_of_pretraining_makes_no_gpu_wait(tmp_path, argv, monkeypatch):
 
 @pytest.mark.parametrize(
     "task, num_classes", [("single", (5,)), ("many", (5,)), ("epic", (3, 4)), ("ave", (5,))])
-def test_a_step_of_finetuning_makes_no_gpu_wait(tmp_path, task, num_classes):
+def test_a_step_of_finetuning_makes_no_gpu_wait(tmp_path, task, num_classes, monkeypatch):
+    seeds, mixed = [], train_finetune.mixed
+    monkeypatch.setattr(train_finetune, "mixed", lambda *x: seeds.append(x[3:]) or mixed(*x))
     names = step(train_finetune, tmp_path, ["--fusion-layer", "1"], task, num_classes)
+
+    assert seeds == [(0, k, part) for k in (1, 2) for part in (0, 1)]  # (seed, step, part)
     assert names["total"].device == CUDA and names["total"].dtype == torch.float32
     assert names["inputs"]["video"].is_floating_point()  # mixed
     assert {x.dtype for x in names["logits"].values()} == {torch.bfloat16}
