@@ -298,7 +298,7 @@ def ranking_metrics(logits, target):
 def load_classifier(path, run, num_classes=(), names=()):
     """A finetuned model, how its labels are meant and their names; of a foreign one, a guess and
     numbers. UserError if it is none, or knows other classes than are given."""
-    saved, model = avmae.load_checkpoint(path, **FOREIGN), run.load_model(path, **FOREIGN)
+    saved, model = avmae.load_checkpoint(path, **FOREIGN), run.load_model(path)
     avmae.require(
         isinstance(model, avmae.Classifier),
         f"{path} is a pretrained model and knows no labels: finetune it with --init")
@@ -324,7 +324,7 @@ def make_classifier(args, run, task, num_classes):
         named = "=" in given and not os.path.exists(given)  # a path may have one, too
         stream, path = given.split("=", 1) if named else (None, given)
 
-        source = run.load_model(path, **FOREIGN)
+        source = run.load_model(path)
         avmae.require(
             isinstance(source, avmae.AVMAE),
             f"{path} is a finetuned model: --init takes pretrained ones")
@@ -460,7 +460,7 @@ if __name__ == "__main__":
     run = Run(args)
 
     if args.embed:
-        embed(run.load_model(args.eval, **FOREIGN), run)
+        embed(run.load_model(args.eval), run)
         run.end()
     if args.predict:
         model, task, names = load_classifier(args.eval, run)
@@ -499,8 +499,9 @@ if __name__ == "__main__":
     peak = args.lr * args.batch / own_batch
     alphas = zip([("audio",), ("video",), ("video", "audio")], args.mixup)
     alpha = dict(alphas)[args.modalities]
+
     kind = "sigmoid" if task == "many" else "softmax"
-    heads = num_classes if task == "epic" else None
+    heads = num_classes if task == "epic" else None  # a softmax over verbs, one over nouns
 
     def look(best):
         """Tests; keeps the model in best.pt if it is the best so far -> the best.

@@ -391,6 +391,8 @@ def one_sentence(kind, error, trace):
     """For sys.excepthook: what a user or a machine causes is told in one sentence."""
     causes = (errno.ENOSPC, errno.EPIPE)  # the disk is full, or a pipe's reader has left, as head
     outside = issubclass(kind, OSError) and error.errno in causes
+    if issubclass(kind, BrokenPipeError):  # what is not yet written goes nowhere, without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     if issubclass(kind, torch.OutOfMemoryError):
         error = (
@@ -512,7 +514,7 @@ class Run:
 
     def load_model(self, path, **assume):
         """The model of a checkpoint; says what was assumed or left out of a foreign one."""
-        model = avmae.load_model(path, **assume)
+        model = avmae.load_model(path, **FOREIGN | assume)
         for note in model.notes:
             self.print(f"{path}: {note}")
         return model

@@ -160,8 +160,16 @@ def step(script, tmp_path, argv=(), task="single", num_classes=(5,), change=("",
     "argv",
     [[], ["--objective", "joint_inpaint", "--norm-pix", "--modality-embed", "--mask-video", "0.9"]],
     ids=str)
-def test_a_step_of_pretraining_makes_no_gpu_wait(tmp_path, argv):
+def test_a_step_of_pretraining_makes_no_gpu_wait(tmp_path, argv, monkeypatch):
+    drawn, draw = [], avmae.random_masking
+    monkeypatch.setattr(
+        avmae, "random_masking",
+        lambda modalities, batch, generator, rows: drawn.append(
+            (generator.initial_seed(), batch, rows)) or draw(modalities, batch, generator, rows))
     names = step(train_pretrain, tmp_path, argv)
+
+    # Each step has masks of its own, each pass its rows of those of the whole batch.
+    assert drawn == [(k, 4, slice(row, row + 2)) for k in (1, 2) for row in (0, 2)]
     losses = names["losses"]
     assert losses.device == CUDA and losses.dtype == torch.float32
     assert names["out"].preds["video", "video"].dtype == torch.bfloat16
@@ -170,8 +178,12 @@ def test_a_step_of_pretraining_makes_no_gpu_wait(tmp_path, argv):
 
 @pytest.mark.parametrize(
     "task, num_classes", [("single", (5,)), ("many", (5,)), ("epic", (3, 4)), ("ave", (5,))])
-def test_a_step_of_finetuning_makes_no_gpu_wait(tmp_path, task, num_classes):
+def test_a_step_of_finetuning_makes_no_gpu_wait(tmp_path, task, num_classes, monkeypatch):
+    seeds, mixed = [], train_finetune.mixed
+    monkeypatch.setattr(train_finetune, "mixed", lambda *x: seeds.append(x[3:]) or mixed(*x))
     names = step(train_finetune, tmp_path, ["--fusion-layer", "1"], task, num_classes)
+
+    assert seeds == [(0, k, part) for k in (1, 2) for part in (0, 1)]  # (seed, step, part)
     assert names["total"].device == CUDA and names["total"].dtype == torch.float32
     assert names["inputs"]["video"].is_floating_point()  # mixed
     assert {x.dtype for x in names["logits"].values()} == {torch.bfloat16}

@@ -177,12 +177,16 @@ def test_columns_line_up(names):
     assert lines_up(table) and len(table) == 4
 
 
-def test_a_finished_run_says_so_again(whole):
-    """Also where a flag is typed that has its value anyway."""
+def test_a_finished_run_stays(whole):
+    """It says so again, also where a flag is typed that has its value anyway; a run of other
+    settings does not overwrite it."""
     out, _ = whole
     before = (out / "last.pt").read_bytes()
     said = run("train_pretrain", *TINY, "--out", out, "--tubelet", 2, 8, 8).stdout
     assert "of constant" in said and len(losses(out)) == 20
+
+    ran = run("train_pretrain", *TINY, "--out", out, "--encoder", "early", fails=True)
+    assert "encoder is 'mid' there and 'early' here" in ran.stderr
     assert (out / "last.pt").read_bytes() == before
 
 
@@ -199,9 +203,10 @@ def test_a_run_has_the_same_losses(tmp_path, whole, flags, processes, stopped):
     """Stopped and continued, with workers, on other processes, in several passes."""
     if stopped:
         interrupt([*SAVING, *flags], tmp_path, processes=processes, **stopped)
-        assert 0 < step_of(tmp_path / "last.pt") < 20
+        step = step_of(tmp_path / "last.pt")
+        assert 0 < step < 20
         with open(tmp_path / "log.jsonl", "a") as file:  # as if killed before it saved
-            file.write(json.dumps({"step": 20, "loss": 0.0}) + '\n{"step": 2')
+            file.write(json.dumps({"step": step + 1, "loss": 0.0}) + '\n{"step": 2')
 
     run("train_pretrain", *SAVING, *(flags if processes == 1 else ()), "--out", tmp_path)
     close(tmp_path, whole[0])
@@ -281,6 +286,7 @@ def test_torchrun_restarts_a_run(tmp_path, whole):
     agent = subprocess.Popen(
         command("train_pretrain", *SAVING, "--out", tmp_path, torchrun=flags), cwd=ROOT, env=env,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     deadline, file = time.monotonic() + 120, tmp_path / "log.jsonl"
     while time.monotonic() < deadline and not (file.exists() and len(losses(tmp_path)) >= 3):
         time.sleep(0.02)
@@ -289,14 +295,6 @@ def test_torchrun_restarts_a_run(tmp_path, whole):
     os.kill(int(workers[-1]), signal.SIGKILL)
     assert agent.wait(120) == 0
     close(tmp_path, whole[0])
-
-
-def test_a_run_of_other_settings_is_not_overwritten(whole):
-    out, _ = whole
-    before = (out / "last.pt").read_bytes()
-    ran = run("train_pretrain", *TINY, "--out", out, "--encoder", "early", fails=True)
-    assert "encoder is 'mid' there and 'early' here" in ran.stderr
-    assert (out / "last.pt").read_bytes() == before
 
 
 def test_weights_can_start_another_run(tmp_path, whole):
@@ -314,6 +312,7 @@ def test_held_out_errors_depend_on_the_clips_alone(tmp_path, whole):
         run("train_pretrain", *flags, processes=processes)
         errors = results(out)["held_out"]
         found.append([x for pair in errors.values() for x in pair.values()])
+
     assert len(found[0]) == 6
     np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5, atol=1e-7)
 
@@ -327,6 +326,7 @@ def test_the_constant_that_errors_are_compared_with():
     model = avmae.AVMAE(train_pretrain.config_of(args))
     clips = [data.Builtin(20, train_pretrain.window_of(args), s) for s in (0, 1)]
     ours = train_pretrain.constant_error(model, *(loader(x, 10) for x in clips))
+
     for m, modality in model.config.modalities.items():
         train, test = (
             modality.normalize(modality.patchify(torch.stack([c[0, i, 0][m] for i in range(20)])))
@@ -411,8 +411,7 @@ def test_what_ends_in_a_sentence(capsys):
         train_pretrain.one_sentence(type(error), error, None)
         return capsys.readouterr().err
 
-    outside = OSError(errno.ENOSPC, "so"), OSError(errno.EPIPE, "so")
-    for error in avmae.UserError("so"), data.UserError("so"), *outside:
+    for error in avmae.UserError("so"), data.UserError("so"), OSError(errno.ENOSPC, "so"):
         assert "so" in said(error) and len(said(error).splitlines()) == 1
     for error in ValueError("so"), OSError(errno.EACCES, "so"), KeyError("so"), RuntimeError("so"):
         assert type(error).__name__ in said(error) and "error: so" != said(error).strip()
@@ -423,13 +422,17 @@ def test_what_ends_in_a_sentence(capsys):
 
 
 def test_a_reader_that_leaves(tmp_path):
-    """As head does; the output is written at once, so that the run ends here and not later."""
+    """As head does; each line is written at once, so that the run ends there and not later."""
     reader, writer = os.pipe()
     os.close(reader)
-    flags = command("train_pretrain", *TINY, "--dry-run", "--out", tmp_path)
-    ran = subprocess.run(flags, stdout=writer, stderr=subprocess.PIPE, text=True)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    ran = subprocess.run(
+        command("train_pretrain", *TINY, "--out", tmp_path / "out"), stdout=writer,
+        stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(writer)
+
     assert ran.returncode == 1 and ran.stderr == "error: [Errno 32] Broken pipe\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_used_that_only_unix_has():
@@ -751,19 +754,18 @@ def test_the_authors_finetuned_model_labels_a_file(tmp_path):
 
 
 def test_features_of_a_folder(tmp_path, whole, folder):
-    found = []
+    found, clips = [], data.find_clips(folder / "train")
+    names = [name for name in map(clips.name, range(len(clips))) if "broken" not in name]
     for processes in 1, 2:
         file = tmp_path / f"{processes}.npz"
         run(
             "train_finetune", "--embed", file, "--eval", whole[0] / "last.pt", "--data",
             folder / "train", "--workers", "0", *CPU, processes=processes, cwd=tmp_path)
-        features = np.load(file)
-        order = features["names"].argsort()
-        found.append({k: features[k][order] for k in features})
-    assert len(found[0]["names"]) == 6  # one cannot be read
-    assert found[0]["video"].shape == found[0]["audio"].shape == (6, 96)
-    assert found[0]["names"].tolist() == found[1]["names"].tolist()
+        found.append(np.load(file))
+
+    assert names == found[0]["names"].tolist() == found[1]["names"].tolist() and len(names) == 6
     for m in avmae.MODALITIES:
+        assert found[0][m].shape == (6, 96)
         np.testing.assert_allclose(found[0][m], found[1][m], atol=1e-5)
 
 
@@ -820,3 +822,24 @@ def test_losses_that_are_not_finite_name_the_step_and_stop(tmp_path, processes):
     assert "in a row were not finite" in ran.stderr
     first = next(line for line in ran.stdout.splitlines() if "is not finite" in line)
     assert "video" in first and "built-in clip" in first and not (tmp_path / "last.pt").exists()
+
+
+def test_three_steps_in_a_row_end_a_run(tmp_path, capsys):
+    """A loss that is finite says nothing of its gradient; a row goes on in the next report."""
+    log = object.__new__(train_pretrain.Log)
+    log.run = types.SimpleNamespace(out=tmp_path, args=types.SimpleNamespace(max_bad=0.1))
+    log.names, log.failed = ["loss"], 0
+    log.clips = data.Builtin(9, train_pretrain.window_of(train_pretrain.parse_args([])))
+
+    def report(*norms):
+        log.history = [(k, None, torch.tensor([k])) for k in range(len(norms))]
+        log.check([(1.0, norm) for norm in norms], 0, 0)
+        return capsys.readouterr().out.splitlines()
+
+    inf = float("inf")
+    assert report(1.0, inf, 1.0) == [
+        f"step 1 is not finite in gradient and was not applied; clips: {log.clips.name(1)}"]
+    assert len(report(inf, inf, 1.0, inf)) == 3 and len(report(inf, 1.0)) == 1
+    assert len(report(inf, inf)) == 2
+    with pytest.raises(avmae.UserError, match="^3 steps in a row were not finite"):
+        report(inf, 1.0)
