@@ -104,7 +104,7 @@ def body(script, change=("", "")):
     assert change[0] in source
     loop = next(
         x for x in ast.walk(ast.parse(source.replace(*change)))
-        if isinstance(x, ast.For) and ast.unparse(x.iter).startswith("tqdm("))
+        if isinstance(x, ast.For) and ast.unparse(x.iter) == "bar")
     end = next(i for i, x in enumerate(loop.body) if "log.note(" in ast.unparse(x))
     return compile(ast.Module(loop.body[:end], []), script.__file__, "exec")
 
@@ -145,7 +145,7 @@ def step(script, tmp_path, argv=(), task="single", num_classes=(5,), change=("",
     names = vars(script) | {
         "args": args, "run": run, "model": model, "net": model, "optimizer": optimizer,
         "batches": iter([batch_of(model.config, 2, labels) for _ in range(4)]), "warmup": 2.0,
-        "steps": 8, "peak": 0.1, "task": task, "num_classes": num_classes, "alpha": 0.5,
+        "count": 2, "steps": 8, "peak": 0.1, "task": task, "num_classes": num_classes, "alpha": 0.5,
         "kind": "sigmoid" if task == "many" else "softmax",
         "heads": num_classes if task == "epic" else None}
 
@@ -181,7 +181,9 @@ def test_a_step_of_pretraining_makes_no_gpu_wait(tmp_path, argv, monkeypatch):
 def test_a_step_of_finetuning_makes_no_gpu_wait(tmp_path, task, num_classes, monkeypatch):
     seeds, mixed = [], train_finetune.mixed
     monkeypatch.setattr(train_finetune, "mixed", lambda *x: seeds.append(x[3:]) or mixed(*x))
-    names = step(train_finetune, tmp_path, ["--fusion-layer", "1"], task, num_classes)
+    long = ["--frames", "20", "--seconds", "1.6"]  # AVE needs 10 patches in time
+    argv = ["--fusion-layer", "1", *long]
+    names = step(train_finetune, tmp_path, argv, task, num_classes)
 
     assert seeds == [(0, k, part) for k in (1, 2) for part in (0, 1)]  # (seed, step, part)
     assert names["total"].device == CUDA and names["total"].dtype == torch.float32

@@ -740,11 +740,11 @@ def test_a_benchmark_in_its_official_format(tmp_path, name, metrics, clips, clas
 
 
 def test_the_authors_finetuned_model_labels_a_file(tmp_path):
-    from test_import import encode, nested, official
+    from test_import import encode, official
     from test_reference import reference
 
     (tmp_path / "released").write_bytes(
-        encode({"params": nested(official(reference("mbt__rgb_spectrogram.npz")))}))
+        encode(official(reference("mbt__rgb_spectrogram.npz"))))
     media.write(tmp_path / "clip.mp4")
     said = run(
         "train_finetune", "--eval", tmp_path / "released", "--frames", "4", "--image", "32",
