@@ -414,6 +414,7 @@ class PretrainConfig:
             any(self.passes),
             f"nothing to reconstruct: {', '.join(self.modalities) or 'no modality'} with "
             f"objective {self.objective}")
+
         require(
             self.allow_uncoupled or len(self.modalities) == 1
             or not (self.encoder == self.decoder == "separate"),
@@ -507,6 +508,7 @@ class AVMAE(nn.Module):
         if config.modality_embed:
             self.decoder_modality_embed = nn.ParameterDict(
                 {t: torch.zeros(decoder_width) for t in targets})
+
         longest = max(modality.tokens for modality in config.modalities.values())
         self.decoder_pos_embed = Positions(longest, decoder_width)
 
@@ -582,9 +584,8 @@ class AVMAE(nn.Module):
 
         A modality's own tokens return to their places and its gaps are predicted. Tokens of another
         modality have no place in it: they take the first V, and all the rest is predicted, whether
-        the encoder saw it or not (Fig. 3). Then the target's own visible tokens don't enter the
-        decoder, what they hold comes in the context, by the encoder's joint layers; and its first V
-        patches are never predicted.
+        the encoder saw it or not (Fig. 3). Then the first V patches are never predicted, and what
+        the target's own visible tokens hold comes in the context, by the encoder's joint layers.
         """
         ids_given, ids_pred = {}, {}
         for t, c in pairs.items():
@@ -758,16 +759,16 @@ class Classifier(nn.Module):
 
 
 def transfer(source, target, streams=None):
-    """Initializes a Classifier from an AVMAE (Sec. 4.1, Table 3), in place.
+    """Initializes a Classifier from an AVMAE in place (Sec. 4.1, Table 3) -> what was taken, and
+    the names of the parameters that stayed fresh. UserError if sizes differ.
 
-    streams: the modalities of `target` to initialize, all if None. A modality that the source does
-    not have takes the blocks of the one it has, and its own patch embedding stays fresh. MBT has
-    one norm for all modalities, the last; of an encoder whose last are separate it takes none.
-    Returns two lists to print: what was taken, which parameters stayed fresh. UserError if sizes
-    differ.
+    streams: the modalities of `target` to initialize, all if None. One that the source does not
+    have takes the blocks of the one it has, and its patch embedding stays fresh. MBT has one norm
+    for all modalities, the last: of an encoder whose last are separate it takes none.
     """
-    size, pretrained = target.config.size, source.config.size
-    require(size == pretrained, f"{pretrained} of the pretrained model must be equal to {size}")
+    a, b = source.config.size, target.config.size
+    require(a == b, f"the pretrained model has {a}, this one {b}: they must be equal")
+    theirs, ours = source.config.modalities, target.config.modalities
     taken, touched = [], set()
 
     def copy(a, b):
@@ -775,21 +776,18 @@ def transfer(source, target, streams=None):
         b.load_state_dict({name: state[name] for name in b.state_dict()})  # MBT's has less
         touched.update(map(id, b.parameters()))
 
-    theirs, ours = source.config.modalities, target.config.modalities
     for m in streams or ours:
         require(m in ours, f"no stream {m!r}: choose of {', '.join(ours)}")
         origin = m if m in theirs else next(iter(theirs))
 
         if origin == m:
-            patches = theirs[m].patch, ours[m].patch
-            require(patches[0] == patches[1], f"the two models have {m} patches of {patches}")
+            require(theirs[m].patch == ours[m].patch, f"{m} patches of different sizes")
             copy(source.patch_embed[m], target.patch_embed[m])
             taken.append(f"{m} patch embedding")
 
-        blocks = list(zip(source.encoder.path(origin), target.trunk.path(m), strict=True))
-        for a, b in blocks:
+        for a, b in zip(source.encoder.path(origin), target.trunk.path(m), strict=True):
             copy(a, b)
-        taken.append(f"{len(blocks)} {m} blocks from {origin}")
+        taken.append(f"{source.config.size.depth} {m} blocks from {origin}")
 
         if target.config.trunk != "mbt":
             for a, b in zip(source.encoder.stacks(origin), target.trunk.stacks(m), strict=True):
@@ -1012,6 +1010,7 @@ def from_official(params, encoder=None, decoder="shared", objective="joint", fus
     527 classes in 24 layers, else 2/3 of the depth).
     """
     params = {rename(path, OFFICIAL_ALIASES): x for path, x in params.items()}
+
     modalities = {}
     for m, theirs in OFFICIAL_MODALITIES.items():
         kernel = params.get(f"embedding_{theirs}/kernel")  # (t, [h,] w, channels, D)

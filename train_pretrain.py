@@ -755,6 +755,7 @@ if __name__ == "__main__":
     # Model, clips, and what is going to happen
 
     torch.manual_seed(args.seed)
+
     # What a foreign checkpoint (the authors') does not say of itself.
     foreign = dict(encoder=args.encoder, decoder=args.decoder, objective=args.objective)
     if args.eval:
@@ -849,8 +850,9 @@ if __name__ == "__main__":
     # What it has learned: of a finished run, and of one of no steps (--eval)
 
     errors, read = look()
-    results = {}
     avmae.require(errors or not args.eval, "none of the held-out clips can be read")
+
+    results = {}
     if run.rank == 0 and errors:
         # The best constant, estimated on the CPU from up to 512 training and 256 held-out clips.
         some = data.Batches(len(train), min(64, len(train)), args.seed, range(8))
