@@ -10,8 +10,9 @@ Two tables hold the paper's variants: `PLANS` (Fig. 2: how audio and video are f
 and the decoder. Needs torch and einops only: copy this file and it works.
 
 Letters: B clips, N tokens of a modality, V visible and M masked ones (V + M = N), P numbers in a
-patch, D width (D' of the decoder), L layers, S joint layers; m a modality. A decoder predicts N - V
-tokens of a target t: its M masked ones, or, where V is of another modality, see `decoder_ids`.
+patch, D width (D' of the decoder), L layers, S joint layers; m a modality. The decoder predicts
+N - V tokens: N of the target t, V of its context c (see CONTEXT); if these are one modality, that
+is M.
 """
 
 import json
@@ -205,7 +206,7 @@ class PatchEmbed(nn.Module):
 
         # The same as a convolution whose stride is its kernel: each patch is projected on its own.
         self.proj = nn.Linear(modality.patch_dim, width)
-        std = modality.patch_dim**-0.5 / 0.8796  # LeCun's; cut at 2 std, a normal has 0.8796
+        std = modality.patch_dim**-0.5 / 0.8796  # LeCun's; cut at 2, a normal's std is 0.8796
         nn.init.trunc_normal_(self.proj.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.proj.bias)
 
@@ -507,7 +508,7 @@ class AVMAE(nn.Module):
             {t: nn.Parameter(torch.zeros(decoder_width)) for t in targets})
         if config.modality_embed:
             self.decoder_modality_embed = nn.ParameterDict(
-                {t: torch.zeros(decoder_width) for t in targets})
+                {t: nn.Parameter(torch.zeros(decoder_width)) for t in targets})
 
         longest = max(modality.tokens for modality in config.modalities.values())
         self.decoder_pos_embed = Positions(longest, decoder_width)
@@ -521,7 +522,7 @@ class AVMAE(nn.Module):
         """inputs {video: (B, T, H, W, 3) uint8 or in [-1, 1], audio: (B, T, F)} -> Output.
 
         ids: (ids_keep, ids_mask) as `random_masking` makes them, on the inputs' device; drawn
-        here if not given (compiled, a model draws others from the same seed).
+        here if not given (compiled, a model draws other masks from the same seed).
         """
         patches = self.patchify(inputs)                         # {m: (B, N, P)}
         ids = ids or self.draw_ids(inputs)
@@ -562,7 +563,7 @@ class AVMAE(nn.Module):
     def forward_decoder(self, latent, pairs, ids):
         """latent {m: (B, V, D)} -> predicted patches {t: (B, N - V, P)}, and where in their target
         they stand {t: (B, N - V)}."""
-        ids_given, ids_pred = self.decoder_ids(pairs, *ids)
+        ids_given, ids_pred = self.decoder_ids(pairs, *ids)  # of its own: ids_keep, ids_mask
         tokens = {}
         for t, c in pairs.items():
             pos = self.decoder_pos_embed(ids_given[t].shape[1] + ids_pred[t].shape[1])  # (N, D')
@@ -584,8 +585,9 @@ class AVMAE(nn.Module):
 
         A modality's own tokens return to their places and its gaps are predicted. Tokens of another
         modality have no place in it: they take the first V, and all the rest is predicted, whether
-        the encoder saw it or not (Fig. 3). Then the first V patches are never predicted, and what
-        the target's own visible tokens hold comes in the context, by the encoder's joint layers.
+        the encoder saw it or not (Fig. 3). So the target's own visible tokens never enter the
+        decoder: what they hold arrives through the encoder's joint layers. And the target's first V
+        patches are never predicted.
         """
         ids_given, ids_pred = {}, {}
         for t, c in pairs.items():
@@ -763,8 +765,8 @@ def transfer(source, target, streams=None):
     the names of the parameters that stayed fresh. UserError if sizes differ.
 
     streams: the modalities of `target` to initialize, all if None. One that the source does not
-    have takes the blocks of the one it has, and its patch embedding stays fresh. MBT has one norm
-    for all modalities, the last: of an encoder whose last are separate it takes none.
+    have takes the blocks of the one it has, and its patch embedding stays fresh. MBT's one norm, at
+    its end, comes from the encoder unless that ends in a norm for each modality.
     """
     a, b = source.config.size, target.config.size
     require(a == b, f"the pretrained model has {a}, this one {b}: they must be equal")
@@ -773,7 +775,7 @@ def transfer(source, target, streams=None):
 
     def copy(a, b):
         state = a.state_dict()
-        b.load_state_dict({name: state[name] for name in b.state_dict()})  # MBT's has less
+        b.load_state_dict({name: state[name] for name in b.state_dict()})  # b may lack modality_embed
         touched.update(map(id, b.parameters()))
 
     for m in streams or ours:
