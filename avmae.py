@@ -775,7 +775,7 @@ def transfer(source, target, streams=None):
 
     def copy(a, b):
         state = a.state_dict()
-        b.load_state_dict({name: state[name] for name in b.state_dict()})  # b may lack modality_embed
+        b.load_state_dict({name: state[name] for name in b.state_dict()})  # b may have fewer
         touched.update(map(id, b.parameters()))
 
     for m in streams or ours:

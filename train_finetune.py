@@ -65,7 +65,7 @@ GROUPS = {
     "data": DATA | FINETUNE_ONLY, "clips": CLIP | TWICE, "model": MODEL, "recipe": RECIPE,
     "run": RUN}
 
-VGGSOUND = data.Augment(  # masks: how many, widest
+VGGSOUND = data.Augment(  # jitter: of height and width, before the crop; masks: how many, widest
     jitter=(0.9, 1.33), color=True, frequency_masks=(1, 48), time_masks=(4, 48))
 AUGMENT = {
     "none": data.Augment(flip=False),
@@ -471,7 +471,8 @@ if __name__ == "__main__":
     # Clips, model, and what is going to happen
 
     torch.manual_seed(args.seed)
-    train, test, task, names = clips_of(args)  # task: see `targets_of`
+    # task: labels are "single", "many", "epic" (verb and noun) or "ave" (one a second).
+    train, test, task, names = clips_of(args)
     num_classes = (97, 300) if task == "epic" else (len(names),)  # 97 verbs, 300 nouns
     if args.eval:
         model, *_ = load_classifier(args.eval, run, num_classes, names)
@@ -534,12 +535,13 @@ if __name__ == "__main__":
             target = targets_of(task, batch["label"], num_classes)  # (b, C)
             index.append(batch["index"])
 
-            # Each modality is mixed by a weight of its own, from Beta(alpha, alpha), as numbers in
-            # [-1, 1], and so has its own labels {m: (b, C)}.
-            part = rows.start // run.micro
+            # Mixup with the reversed micro-batch, but for alpha 0; bytes become numbers in [-1, 1].
+            # Each modality has a weight of its own, from Beta(alpha, alpha), so labels {m: (b, C)}.
+            part = rows.start // run.micro  # which micro-batch of the step, over all processes
             inputs, labels = mixed(inputs, target, alpha, args.seed, step, part)
 
-            # DropPath's; not once for all, since a loader that is started draws a number, too.
+            # DropPath draws from torch's generator, and so does each loader that starts, as for an
+            # evaluation: seeded here, a resumed run draws what a whole one does.
             torch.manual_seed((args.seed * 1_000_003 + step) * args.batch + part)
             net.require_backward_grad_sync = rows == run.micro_batches[-1]  # DDP: once a step
             with run.autocast:
@@ -552,12 +554,14 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * rate
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-        optimizer.found_inf = (~norm.isfinite()).float()  # at 1, a fused optimizer does not step
+        optimizer.found_inf = (~norm.isfinite()).float()  # as GradScaler does: at 1, no step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if log.note(step, total[None], norm, torch.cat(index), rate):  # every --log-every steps
-            if log.passed_epochs(args.eval_every):  # not at the last step: see below
+        log.note(step, total[None], norm, torch.cat(index))
+        if log.done % args.log_every == 0 or log.done == steps:
+            log.report(rate)
+            if log.passed_epochs(args.eval_every):
                 best = look(best)
             # Every --save-every minutes; after SIGTERM, then exits.
             log.save(model, optimizer, best=best, task=task, names=names)

@@ -69,7 +69,7 @@ RECIPE = {  # fixed for a run
     "clips": (4096, "number of built-in clips, and of those of a dry run without --data"),
     "fraction": (1.0, "share of the training clips to use (Table 17)"),
     "repeat": (1, "rows of a batch that share a clip read once, each with its own crop and masks"),
-    "epochs": (400, "each of as many rows as there are clips: --repeat R sees all in R (Table 5)"),
+    "epochs": (400, "passes over the clips (Table 5); with --repeat R a pass takes R epochs"),
     "batch": (512, "clips a step, over all processes"),
     "lr": (1.5e-4, "peak learning rate for a batch of 256"),
     "warmup": (4.0, "epochs of linear warm-up; then the rate falls to 0 as a cosine"),
@@ -111,7 +111,7 @@ CHOICES = {
     "modalities": tuple(avmae.MODALITIES), "size": tuple(SIZES), "device": ("cuda", "mps", "cpu")}
 
 WHICH_CLIPS = {*DATA, "val", "val_annotations"}  # settings that may change on resume, as RUN's may
-FOREIGN = {"encoder": "shared"}  # for a foreign checkpoint alone, which does not say it
+FOREIGN = {"encoder": "shared"}  # of a checkpoint of the authors, where no flag says it
 WEIGHT_DECAY = 0.05  # as released; Table 20 prints 0
 HELD_OUT = 256  # built-in clips
 EVAL_BATCH = 16  # clips; fixed, so that held-out errors don't depend on the processes
@@ -616,7 +616,7 @@ class Log:
         self.failed, self.header, self.saved = 0, "", time.monotonic()  # failed: steps in a row
         self.history, self.since, self.waited = [], time.monotonic(), 0.0  # since the last lines
 
-        self.stop, self.signals = False, []  # `note` turns one process's signal into all's stop
+        self.stop, self.signals = False, []  # a report turns one's signal into all's stop
         for number in signal.SIGTERM, signal.SIGINT:
             signal.signal(number, lambda number, _: self.signals.append(number))
 
@@ -628,15 +628,14 @@ class Log:
                 kept = [x for x in file if x.endswith(b"\n") and json.loads(x)["step"] <= start]
                 file.truncate(sum(map(len, kept)))
 
-    def note(self, step, losses, norm, index, lr):
-        """Keeps a step's losses (K,), gradient norm and clips, in tensors: nobody waits for a GPU.
-        Every --log-every steps and at the last, logs the means -> whether it did; there, if one
-        process was told to stop, all are."""
+    def note(self, step, losses, norm, index):
+        """Keeps a step's losses (K,), gradient norm and clips; as tensors, so that no GPU is waited
+        for."""
         self.done = step + 1
         self.history.append((step, torch.cat([losses, norm[None]]), index))
-        if self.done % self.run.args.log_every and self.done < self.steps:
-            return False
 
+    def report(self, lr):
+        """Logs the means since the last report; if one process was told to stop, all are."""
         values = torch.stack([x for _, x, _ in self.history]).cpu().double()  # (steps, K + 1)
         seconds = time.monotonic() - self.since
         finite = values[values[:, -1].isfinite()]
@@ -661,7 +660,6 @@ class Log:
         self.write(line)
         self.show(line)
         self.check(values.tolist(), drawn, unreadable)
-        return True
 
     def check(self, values, drawn, unreadable):
         """Names the steps that were not finite, with their clips. UserError if three of them came
@@ -799,7 +797,7 @@ if __name__ == "__main__":
         run.print(f"held out: {said or 'no clip can be read'}")
 
         if run.rank == 0:
-            every = 5 if len(held_out) > 15 else 1  # among the built-in things, of several kinds
+            every = 5 if len(held_out) > 15 else 1  # built-in clip i shows thing i % 8
             few = [(0, i, 0) for i in range(0, len(held_out), every)]  # (epoch, clip, draw)
             (run.out / "pictures").mkdir(exist_ok=True)
             for batch in run.load(held_out, batches=[few[:4]]):
@@ -837,12 +835,14 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = rate
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.found_inf = (~norm.isfinite()).float()  # at 1, a fused optimizer does not step
+        optimizer.found_inf = (~norm.isfinite()).float()  # as GradScaler does: at 1, no step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if log.note(step, losses, norm, torch.cat(index), rate):  # every --log-every steps
-            if log.passed_epochs(args.eval_every):  # not at the last step: see below
+        log.note(step, losses, norm, torch.cat(index))
+        if log.done % args.log_every == 0 or log.done == steps:
+            log.report(rate)
+            if log.passed_epochs(args.eval_every):
                 look()
             log.save(model, optimizer)  # every --save-every minutes; after SIGTERM, then exits
 
