@@ -1430,10 +1430,11 @@ def prepare(index, target, quality, workers):
 
 
 def one_sentence(kind, error, trace):
-    """For sys.excepthook: what the user or a full disk causes is told in a sentence."""
+    """For sys.excepthook: what the user (also avmae's UserError) or a full disk causes is told in a
+    sentence."""
     if isinstance(error, BrokenPipeError):  # of `| head`: nor is it told at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENOSPC:
+    elif kind.__name__ == "UserError" or getattr(error, "errno", None) == errno.ENOSPC:
         print(f"error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -9,7 +9,6 @@ and whatever is random depends on (seed, step, place in the global batch) alone.
 """
 
 import argparse
-import errno
 import functools
 import json
 import math
@@ -389,18 +388,11 @@ def draw_curves(curves, path, title=""):
 
 def one_sentence(kind, error, trace):
     """For sys.excepthook: what a user or a machine causes is told in one sentence."""
-    causes = (errno.ENOSPC, errno.EPIPE)  # the disk is full, or a pipe's reader has left, as head
-    outside = issubclass(kind, OSError) and error.errno in causes
-    if issubclass(kind, BrokenPipeError):  # what is not yet written goes nowhere, without a word
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
     if issubclass(kind, torch.OutOfMemoryError):
-        error = (
+        error = data.UserError(
             "out of memory on the device: lower --micro-batch (mixup mixes within one), or give "
             f"--checkpoint-activations; {str(error).splitlines()[0]}")
-    elif not (outside or issubclass(kind, (avmae.UserError, data.UserError))):
-        return sys.__excepthook__(kind, error, trace)
-    print(f"error: {error}", file=sys.stderr)
+    data.one_sentence(type(error), error, trace)
 
 
 class Run:

@@ -431,7 +431,7 @@ def test_a_reader_that_leaves(tmp_path):
         stderr=subprocess.PIPE, text=True, env=buffered)
     os.close(writer)
 
-    assert ran.returncode == 1 and ran.stderr == "error: [Errno 32] Broken pipe\n"
+    assert ran.returncode == 1 and not ran.stderr
     assert not (tmp_path / "out").exists()
 
 
