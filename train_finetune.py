@@ -532,20 +532,20 @@ if __name__ == "__main__":
         for rows in run.micro_batches:
             batch = next(batches)  # {video: (b, T, H, W, 3) bytes, audio: (b, T, F), label: (b, K)}
             inputs = {m: batch[m] for m in model.config.modalities}
-            target = targets_of(task, batch["label"], num_classes)  # (b, C)
+            target = targets_of(task, batch["label"], num_classes)  # (b, C), for AVE (b, 10, C)
             index.append(batch["index"])
 
-            # Mixup with the reversed micro-batch, but for alpha 0; bytes become numbers in [-1, 1].
-            # Each modality has a weight of its own, from Beta(alpha, alpha), so labels {m: (b, C)}.
+            # Mixup, unless alpha is 0: each modality of the micro-batch is mixed with the same in
+            # reverse, by a weight of its own from Beta(alpha, alpha): so labels are {m: (b, C)}.
             part = rows.start // run.micro  # which micro-batch of the step, over all processes
             inputs, labels = mixed(inputs, target, alpha, args.seed, step, part)
 
-            # DropPath draws from torch's generator, and so does each loader that starts, as for an
-            # evaluation: seeded here, a resumed run draws what a whole one does.
+            # What DropPath draws depends on (seed, step, part): a resumed run draws the same.
             torch.manual_seed((args.seed * 1_000_003 + step) * args.batch + part)
             net.require_backward_grad_sync = rows == run.micro_batches[-1]  # DDP: once a step
             with run.autocast:
                 logits = net(inputs)  # {m: (b, C)}
+            # The mean of each modality's loss.
             loss = classification_loss(logits, labels, kind, args.smoothing, heads)
             (loss / count).backward()
             total = total + loss.detach() / count
@@ -554,7 +554,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * rate
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-        optimizer.found_inf = (~norm.isfinite()).float()  # as GradScaler does: at 1, no step
+        optimizer.found_inf = (~norm.isfinite()).float()  # read if fused: at 1, it does not step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

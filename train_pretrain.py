@@ -68,7 +68,7 @@ RECIPE = {  # fixed for a run
     "clips": (4096, "number of built-in clips, and of those of a dry run without --data"),
     "fraction": (1.0, "share of the training clips to use (Table 17)"),
     "repeat": (1, "rows of a batch that share a clip read once, each with its own crop and masks"),
-    "epochs": (400, "passes over the clips (Table 5); with --repeat R a pass takes R epochs"),
+    "epochs": (400, "of as many rows as there are clips: passes, without --repeat (Table 5)"),
     "batch": (512, "clips a step, over all processes"),
     "lr": (1.5e-4, "peak learning rate for a batch of 256"),
     "warmup": (4.0, "epochs of linear warm-up; then the rate falls to 0 as a cosine"),
@@ -109,8 +109,6 @@ CHOICES = {
     "encoder": tuple(avmae.PLANS), "decoder": tuple(avmae.PLANS), "objective": tuple(avmae.CONTEXT),
     "modalities": tuple(avmae.MODALITIES), "size": tuple(SIZES), "device": ("cuda", "mps", "cpu")}
 
-WHICH_CLIPS = {*DATA, "val", "val_annotations"}  # settings that may change on resume, as RUN's may
-FOREIGN = {"encoder": "shared"}  # of a checkpoint of the authors, where no flag says it
 WEIGHT_DECAY = 0.05  # as released; Table 20 prints 0
 HELD_OUT = 256  # built-in clips
 EVAL_BATCH = 16  # clips; fixed, so that held-out errors don't depend on the processes
@@ -147,6 +145,10 @@ def parse(about, groups, presets, choices, argv=None):
         f"--preset {args.preset} is for real videos: give --data FOLDER (and --annotations FILE), "
         "or --dry-run to see what it would do")
     return args
+
+
+WHICH_CLIPS = {*DATA, "val", "val_annotations"}  # settings that may change on resume, as RUN's may
+FOREIGN = {"encoder": "shared"}  # of a checkpoint of the authors, where no flag says it
 
 
 def defaults_of(presets, argv):
@@ -774,7 +776,12 @@ if __name__ == "__main__":
         model.load_state_dict(weights_for(model, run.load_model(args.init, **foreign), args.init))
 
     net = run.wrap(model)  # the same model, compiled and in DDP if asked for
+
+    # A step takes the next --batch rows of an endless stream, one permutation of the clips after
+    # another; a row is a random window, crop and flip of a file. A process loads its share of them.
     loader = run.load(train, steps=range(start, steps))
+
+    # As in `out.losses`, {(target, context): loss}.
     names = ["loss", *(f"loss_{name_of(pair)}" for p in model.config.passes for pair in p.items())]
     log = Log(run, train, loader, names, start, steps, steps_per_epoch)
 
@@ -789,7 +796,7 @@ if __name__ == "__main__":
         run.print(f"held out: {said or 'no clip can be read'}")
 
         if run.rank == 0:
-            every = 5 if len(held_out) > 15 else 1  # built-in clip i shows thing i % 8
+            every = 5 if len(held_out) > 15 else 1  # of the built-in clips, four different things
             few = [(0, i, 0) for i in range(0, len(held_out), every)]  # (epoch, clip, draw)
             (run.out / "pictures").mkdir(exist_ok=True)
             for batch in run.load(held_out, batches=[few[:4]]):
@@ -827,7 +834,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = rate
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.found_inf = (~norm.isfinite()).float()  # as GradScaler does: at 1, no step
+        optimizer.found_inf = (~norm.isfinite()).float()  # read if fused: at 1, it does not step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
