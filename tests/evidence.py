@@ -237,13 +237,15 @@ def report(assets):
 
 
 def pictures(args):
-    """Puts the last pictures of two runs together, video above audio; draws learning curves."""
+    """Puts the last pictures of two runs side by side, video and audio; draws learning curves."""
     for name, model in ("reconstruction", "mid"), ("inpainting", "inpainting"):
-        audio, video = sorted((args.out / f"{model}/{args.seeds[0]}/pictures").glob("*.png"))[-2:]
-        parts = [read_image(str(path)) for path in (video, audio)]
-        width = max(part.shape[2] for part in parts)
-        parts = [torch.nn.functional.pad(x, (0, width - x.shape[2]), value=255) for x in parts]
-        write_png(torch.cat(parts, 1), str(args.assets / f"{name}.png"))
+        folder = args.out / f"{model}/{args.seeds[0]}/pictures"
+        audio, video = (read_image(str(path)) for path in sorted(folder.glob("*.png"))[-2:])
+        rows = video.shape[1] // 2 + 1  # of two of the four clips
+
+        gap = torch.full((3, rows, 16), 255, dtype=torch.uint8)
+        picture = torch.cat([video[:, :rows], gap, audio[:, :rows]], dim=2)
+        write_png(picture, str(args.assets / f"{name}.png"))
 
     curves = {}
     for name, model in ("joint", "early"), ("inpaint_both", "inpaint_both"):
