@@ -51,7 +51,7 @@ MODELS |= {e: f"--epochs 20 --encoder {e}" for e in ("early", "separate", "share
 OBJECTIVES = ("inpaint_both", "video_from_audio", "audio_from_video")
 MODELS |= {o: f"--epochs 20 --encoder early --objective {o}" for o in OBJECTIVES}
 
-BOTH, AUDIO, VIDEO = "video audio", "audio", "video"
+BOTH, AUDIO, VIDEO, PROBE = "video audio", "audio", "video", "video audio probe"
 QUESTIONS = {  # question: [(a side, the other, what the paper found)]; a side: (model, inputs)
     "Does pretraining help? (Table 9)": [
         (("mid", BOTH), ("scratch", BOTH), "64.2 > 51.0")],
@@ -70,6 +70,11 @@ QUESTIONS = {  # question: [(a side, the other, what the paper found)]; a side: 
         (("early", BOTH), ("inpaint_both", BOTH), ">")],
     "Is early fusion worse in a linear probe of audio? (Table 18)": [
         (("mid", "audio probe"), ("early", "audio probe"), "27.8 > 26.2")],
+    "Does a linear probe of both say the same? (Tables 5, 2, 10)": [  # draws differ less
+        (("mid", PROBE), ("5-epochs", PROBE), "65.0 > 63.2"),
+        (("mid", PROBE), ("10-epochs", PROBE), "65.0 > 63.9"),
+        (("early", PROBE), ("inpaint_both", PROBE), ">"),
+        (("mid", PROBE), ("video-only + audio-only", PROBE), "64.2 > 63.3")],
     "Is a model of both as good for one? (Table 3)": [
         (("mid", AUDIO), ("audio-only", AUDIO), "similar"),
         (("mid", VIDEO), ("video-only", VIDEO), "similar")],
