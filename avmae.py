@@ -438,6 +438,7 @@ class PretrainConfig:
         require(
             context in self.modalities,
             f"objective {self.objective} predicts one modality from the other and needs both")
+
         require(
             self.encoder not in ("separate", "shared"),
             f"inpainting needs early or mid fusion: with a {self.encoder} encoder the tokens of "
@@ -564,6 +565,7 @@ class AVMAE(nn.Module):
         """latent {m: (B, V, D)} -> predicted patches {t: (B, N - V, P)}, and where in their target
         they stand {t: (B, N - V)}."""
         ids_given, ids_pred = self.decoder_ids(pairs, *ids)  # of its own: ids_keep, ids_mask
+
         tokens = {}
         for t, c in pairs.items():
             pos = self.decoder_pos_embed(ids_given[t].shape[1] + ids_pred[t].shape[1])  # (N, D')
@@ -1086,6 +1088,7 @@ def official_pretraining(params, modalities, encoder, decoder, objective):
         not one or encoder in ("early", "shared"),
         "one encoder for both modalities is early or shared, which its parameters don't tell: say "
         "encoder='early' or encoder='shared'")
+
     if not one:
         encoder = "mid" if joint else "separate"
 

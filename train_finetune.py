@@ -545,6 +545,7 @@ if __name__ == "__main__":
             net.require_backward_grad_sync = rows == run.micro_batches[-1]  # DDP: once a step
             with run.autocast:
                 logits = net(inputs)  # {m: (b, C)}
+
             # The mean of each modality's loss.
             loss = classification_loss(logits, labels, kind, args.smoothing, heads)
             (loss / count).backward()
@@ -563,7 +564,6 @@ if __name__ == "__main__":
             log.report(rate)
             if log.passed_epochs(args.eval_every):
                 best = look(best)
-            # Every --save-every minutes; after SIGTERM, then exits.
             log.save(model, optimizer, best=best, task=task, names=names)
 
     # -----------------------------------------------------------------------------------------

@@ -450,6 +450,7 @@ class Run:
         before a run, and then the end."""
         args, config = self.args, model.config
         pretraining = isinstance(config, avmae.PretrainConfig)
+
         kind = (
             f"{config.encoder} encoder, {config.decoder} decoder, objective {config.objective}"
             if pretraining
@@ -542,6 +543,7 @@ class Run:
             f"{k} is {old.get(k)!r} there and {v!r} here"
             for k, v in vars(self.args).items()
             if k not in free and old.get(k) != v]
+
         avmae.require(
             not differ,
             f"{self.out} holds a run with other settings: {'; '.join(differ[:3])}. Choose another "
@@ -594,6 +596,7 @@ def flops(config):
         inputs = {
             m: x.unpatchify(torch.zeros(1, x.tokens, x.patch_dim))
             for m, x in config.modalities.items()}
+
         out = avmae.build(config)(inputs)
         loss = out.loss if isinstance(out, avmae.Output) else sum(x.sum() for x in out.values())
         loss.backward()
@@ -648,6 +651,7 @@ class Log:
             "clips_per_s": len(self.history) * self.run.args.batch / seconds,
             "waiting": waited / world / seconds, "unreadable": int(unreadable),
             "seconds_left": seconds / len(self.history) * (self.steps - self.done)}
+
         if self.run.device.type == "cuda":
             line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
 
@@ -675,6 +679,7 @@ class Log:
             longest < 3,
             f"{longest} steps in a row were not finite: {out / 'last.pt'} is from before them; "
             "lower --lr")
+
         avmae.require(
             drawn < min(len(self.clips), 1000) or unreadable <= largest * (drawn + unreadable),
             f"{int(unreadable)} of {int(drawn + unreadable)} clips could not be read, more than "
@@ -750,6 +755,7 @@ if __name__ == "__main__":
 
     # What a foreign checkpoint (the authors') does not say of itself.
     foreign = dict(encoder=args.encoder, decoder=args.decoder, objective=args.objective)
+
     if args.eval:
         model = run.load_model(args.eval, **foreign)
         avmae.require(
