@@ -776,8 +776,7 @@ def transfer(source, target, streams=None):
     taken, touched = [], set()
 
     def copy(a, b):
-        state = a.state_dict()
-        b.load_state_dict({name: state[name] for name in b.state_dict()})  # b may have fewer
+        b.load_state_dict({k: a.state_dict()[k] for k in b.state_dict()})  # b may have fewer
         touched.update(map(id, b.parameters()))
 
     for m in streams or ours:
@@ -785,7 +784,8 @@ def transfer(source, target, streams=None):
         origin = m if m in theirs else next(iter(theirs))
 
         if origin == m:
-            require(theirs[m].patch == ours[m].patch, f"{m} patches of different sizes")
+            a, b = theirs[m].patch, ours[m].patch
+            require(a == b, f"the pretrained model has {m} patches of {a}, this one of {b}")
             copy(source.patch_embed[m], target.patch_embed[m])
             taken.append(f"{m} patch embedding")
 
@@ -886,7 +886,8 @@ def load_model(path, **assume):
 
 
 def load_checkpoint(path, **assume):
-    """A checkpoint file as a dict {"config", "model", ...}; never runs code from it."""
+    """A checkpoint file as a dict {"config", "model", ...}; never runs code from it. UserError if
+    it cannot be read, or is of nobody that we know."""
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"  # as torch.save writes

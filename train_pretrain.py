@@ -728,6 +728,7 @@ class Log:
             self.run.print(
                 f"stopped at step {self.done} of {self.steps}; the same command continues")
             self.run.end(int(not done))
+        # Only now, since evaluating and saving is none of the steps' time.
         self.history, self.since, self.waited = [], time.monotonic(), self.loader.waited
 
     def curves(self):

@@ -24,8 +24,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
-from torchvision.io import read_image, write_png
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -245,12 +246,13 @@ def pictures(args):
     """Puts the last pictures of two runs side by side, video and audio; draws learning curves."""
     for name, model in ("reconstruction", "mid"), ("inpainting", "inpainting"):
         folder = args.out / f"{model}/{args.seeds[0]}/pictures"
-        audio, video = (read_image(str(path)) for path in sorted(folder.glob("*.png"))[-2:])
-        rows = video.shape[1] // 2 + 1  # of two of the four clips
+        last = sorted(folder.glob("*.png"))[-2:]
+        audio, video = (np.asarray(Image.open(path)) for path in last)  # (H, W, 3)
 
-        gap = torch.full((3, rows, 16), 255, dtype=torch.uint8)
-        picture = torch.cat([video[:, :rows], gap, audio[:, :rows]], dim=2)
-        write_png(picture, str(args.assets / f"{name}.png"))
+        rows = len(video) // 2 + 1  # of two of the four clips
+        gap = np.full((rows, 16, 3), 255, np.uint8)
+        picture = np.concatenate([video[:rows], gap, audio[:rows]], axis=1)
+        Image.fromarray(picture).save(args.assets / f"{name}.png")
 
     curves = {}
     for name, model in ("joint", "early"), ("inpaint_both", "inpaint_both"):

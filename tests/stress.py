@@ -10,6 +10,7 @@ index   a list of 2 million clips (index plain | audioset | vggsound | epic): ho
 import argparse
 import ctypes
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -224,11 +225,14 @@ class Watched(data.Clips):
 
 
 def memory(count=20_000):
-    """Resident memory is told, not judged: malloc keeps what large pictures have freed, so that it
-    rises to the most that was ever in use, by steps that get rarer, without any leak."""
-    held = []
+    """The files are made by a process of their own: where large pictures were encoded before the
+    workers are forked, their malloc keeps more and more of what it has freed, without any leak."""
+    held, resident = [], []
     with tempfile.TemporaryDirectory() as folder:
-        damaged(pathlib.Path(folder))
+        maker = multiprocessing.get_context("spawn").Process(
+            target=damaged, args=(pathlib.Path(folder),))
+        maker.start()
+        maker.join()
         clips = Watched(data.find_clips(folder), SMALL, augment=data.Augment())
         batches = load(clips, count)
         pids = [w.pid for w in batches._workers]
@@ -238,10 +242,11 @@ def memory(count=20_000):
             if k % (count // 400) == 0 and k < count // 20 - 8:  # while all workers live
                 held.append(clips.held.sum(0))
                 used, blocks, files, kept = held[-1].tolist()
+                resident.append(use_of(pids)[0])
                 print(
                     f"  after {20 * k:6d} clips {used / 1e6:.2f} MB, {blocks} blocks, "
                     f"{files} files; {kept / 1e6:.0f} MB kept by malloc, "
-                    f"{use_of(pids)[0]:.0f} MB resident", flush=True)
+                    f"{resident[-1]:.0f} MB resident", flush=True)
 
     first = len(held) // 3  # until then, what is made once gets made
     grown = (held[-1] - held[first]) / (count / 20 * (len(held) - 1 - first))
@@ -249,6 +254,8 @@ def memory(count=20_000):
     assert (grown[:3] < torch.tensor([100, 1, 0.01])).all()
     # What is free at the end of a heap, glibc gives back from 64 MB on, or earlier.
     assert max(h[3] for h in held) - held[0][3] < 4 * 64e6
+    early = resident[1]  # after a tenth of the clips
+    assert resident[-1] < 1.1 * early, (early, resident[-1])
 
 
 FORMATS = {  # lists of `rows` clips in 1,000 files: row k -> its line

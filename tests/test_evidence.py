@@ -8,8 +8,10 @@ import pathlib
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evidence
 import train_finetune
@@ -87,9 +89,26 @@ def test_questions_are_answered_as_soon_as_their_runs_are_there(tmp_path):
     assert list(results["answers"]) == [question] and answer["verdict"] == "agrees"
     assert answer["means"] == [74.83, 73.33] and answer["difference"] == 1.5
     assert len(results["runs"]) == 15 and results["runs"]["mid/1"]["seconds"] == 3
-    assert (
-        "mid (video audio) against scratch (video audio), 74.8 / 73.3 %: +1.5 (+1.5 to +1.5), agrees"
-        in (tmp_path / "results.md").read_text())
+    said = "mid (video audio) against scratch (video audio), 74.8 / 73.3 %: +1.5 (+1.5 to +1.5)"
+    assert f"{said}, agrees" in (tmp_path / "results.md").read_text()
+
+
+def test_pictures_of_two_clips_lie_side_by_side(tmp_path):
+    args = arguments(tmp_path)
+    colors = {"audio": 50, "video": 200}
+    for model in "mid", "inpainting", "early", "inpaint_both":
+        (tmp_path / f"{model}/1/pictures").mkdir(parents=True)
+        (tmp_path / f"{model}/1/log.jsonl").write_text('{"step": 20, "loss": 0.5}\n')
+        for step, (m, color) in itertools.product(("0000020", "0000040"), colors.items()):
+            picture = np.full((794, 516, 3), color if step == "0000040" else 0, np.uint8)
+            Image.fromarray(picture).save(tmp_path / f"{model}/1/pictures/{step}_{m}.png")
+
+    evidence.pictures(args)
+    for name in "reconstruction", "inpainting":
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png"))
+        assert picture.shape == (398, 2 * 516 + 16, 3)  # of 12 rows of 64 + 2 pixels, six
+        assert (picture[:, :516] == 200).all() and (picture[:, -516:] == 50).all()
+    assert "inpaint_both" in (tmp_path / "curves.svg").read_text()
 
 
 # --------------------------------------------------------------------------------------- the README
@@ -112,7 +131,8 @@ def unfounded(text, answers):
 def test_numbers_of_no_source_are_found():
     pair = {"means": [76.46, 75.0], "difference": -1.46, "interval": [-3.1, 0.18]}
     answers = {"Is it?": [pair | {"paper": "64.2 > 51.0"}]}
-    assert not unfounded("76.5 / 75.0: -1.5 (−3.1-0.2), 64.2; 12.5 %, 73.75 %, 92.1 %, 3 x", answers)
+    true = "76.5 / 75.0: -1.5 (−3.1-0.2), 64.2; 12.5 %, 73.75 %, 92.1 %, 3 x"
+    assert not unfounded(true, answers)
     wrong = ["1.46", "+3.1", "76.4", "-0.18", "64.3", "0.19", "7.5"]
     assert unfounded("; ".join(wrong), answers) == wrong
     assert unfounded("of 73.75 %, 76.46 % and (-1.46)", {}) == ["76.46", "-1.46"]

@@ -287,9 +287,10 @@ def changed(**changes):
     (lambda: model_of()(clips() | {"video": torch.zeros(3, 4, 32, 30, 3)}), "4x32x30"),
     (lambda: classifier(fusion_layer=5), "fusion layer 5 of 4"),
     (lambda: classifier(modalities={}), "needs a modality"),
+    (lambda: classifier(num_segments=3), "3 segments need as many patches in time"),
     (lambda: avmae.transfer(model_of(size=Size(16, 4, 2, 32)), classifier()), "must be equal"),
     (lambda: avmae.transfer(model_of(), classifier(**changed(audio={"patch": (16, 8)}))),
-     "patches of"),
+     "patches of .*, this one of"),
     (lambda: avmae.transfer(model_of(), classifier(), ["smell"]), "no stream 'smell'")])
 def test_what_is_impossible_is_refused_with_a_sentence(mistake, words):
     with pytest.raises(avmae.UserError, match=words):
