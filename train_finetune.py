@@ -46,7 +46,7 @@ RECIPE = {  # fixed for a run
     "layer_decay": (0.75, "learning rate of a block against that of the next"),
     "smoothing": (0.3, "label smoothing"),
     "drop_path": (0.3, "stochastic depth of the last block"),
-    "mixup": ((0.5, 0.5, 0.5), "alpha of a model of audio, of video, of both; 0: off"),
+    "mixup": ((0.5, 0.5, 0.5), "alpha if a model has audio alone, video alone, or both; 0: off"),
     "augment": ("vggsound", "augmentation of a data set's recipe; -released: without time masks"),
     "seed": (0, "of weights, order, augmentation, and of built-in clips"),
 }
@@ -477,6 +477,7 @@ if __name__ == "__main__":
     if args.eval:
         model, *_ = load_classifier(args.eval, run, num_classes, names)
     else:
+        # Weights of --init, the rest and a new head at random; of a probe the head alone trains.
         model = make_classifier(args, run, task, num_classes)
 
     steps_per_epoch = max(1, len(train) // args.batch)
@@ -486,20 +487,21 @@ if __name__ == "__main__":
     # -----------------------------------------------------------------------------------------
     # Optimizer, and where we are
 
-    model.to(run.device).train()
-    optimizer = make_optimizer(model, args)  # SGD, a group for each multiplier "scale" of the rate
+    model.to(run.device)
+    # SGD; the rate of block i of L is times "scale", layer_decay^(L - i), that of the head times 1.
+    optimizer = make_optimizer(model, args)
     saved = run.resume(model, optimizer)
     start, best = saved["step"], saved.get("best", -1.0)
 
-    net = run.wrap(model)  # the same model, compiled and in DDP if asked for
+    net = run.wrap(model)  # the same model; compiled if asked for, in DDP if not alone
     loader = run.load(train, steps=range(start, steps))
     log = Log(run, train, loader, ["loss"], start, steps, steps_per_epoch)
 
     warmup = args.warmup * steps_per_epoch
     own_batch = PRESETS[args.preset].get("batch", RECIPE["batch"][0])  # that --lr is for
     peak = args.lr * args.batch / own_batch
-    alphas = zip([("audio",), ("video",), ("video", "audio")], args.mixup)
-    alpha = dict(alphas)[args.modalities]
+    audio, video, both = args.mixup
+    alpha = {("audio",): audio, ("video",): video}.get(args.modalities, both)
 
     kind = "sigmoid" if task == "many" else "softmax"
     heads = num_classes if task == "epic" else None  # a softmax over verbs, one over nouns
@@ -535,18 +537,19 @@ if __name__ == "__main__":
             target = targets_of(task, batch["label"], num_classes)  # (b, C), for AVE (b, 10, C)
             index.append(batch["index"])
 
-            # Mixup, unless alpha is 0: each modality of the micro-batch is mixed with the same in
-            # reverse, by a weight of its own from Beta(alpha, alpha): so labels are {m: (b, C)}.
+            # Mixup, unless alpha is 0: clip k with clip b-1-k, by a weight from Beta(alpha, alpha)
+            # for each modality of a micro-batch: so each modality has its own labels, {m: (b, C)}.
             part = rows.start // run.micro  # which micro-batch of the step, over all processes
             inputs, labels = mixed(inputs, target, alpha, args.seed, step, part)
 
             # What DropPath draws depends on (seed, step, part): a resumed run draws the same.
             torch.manual_seed((args.seed * 1_000_003 + step) * args.batch + part)
-            net.require_backward_grad_sync = rows == run.micro_batches[-1]  # DDP: once a step
+            # DDP, if it is one, sums gradients once a step.
+            net.require_backward_grad_sync = rows == run.micro_batches[-1]
             with run.autocast:
                 logits = net(inputs)  # {m: (b, C)}
 
-            # The mean of each modality's loss.
+            # Cross-entropy with smoothed labels, averaged over modalities.
             loss = classification_loss(logits, labels, kind, args.smoothing, heads)
             (loss / count).backward()
             total = total + loss.detach() / count
@@ -555,7 +558,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * rate
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-        optimizer.found_inf = (~norm.isfinite()).float()  # read if fused: at 1, it does not step
+        optimizer.found_inf = (~norm.isfinite()).float()  # a fused optimizer skips its step at 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

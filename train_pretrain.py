@@ -68,8 +68,8 @@ RECIPE = {  # fixed for a run
     "clips": (4096, "number of built-in clips, and of those of a dry run without --data"),
     "fraction": (1.0, "share of the training clips to use (Table 17)"),
     "repeat": (1, "rows of a batch that share a clip read once, each with its own crop and masks"),
-    "epochs": (400, "of as many rows as there are clips: passes, without --repeat (Table 5)"),
-    "batch": (512, "clips a step, over all processes"),
+    "epochs": (400, "passes over the clips (Table 5); with --repeat R, R epochs are one pass"),
+    "batch": (512, "rows a step, over all processes; a row is a clip, but for --repeat"),
     "lr": (1.5e-4, "peak learning rate for a batch of 256"),
     "warmup": (4.0, "epochs of linear warm-up; then the rate falls to 0 as a cosine"),
     "seed": (0, "of weights, order, crops and masks"),
@@ -747,7 +747,7 @@ class Log:
 if __name__ == "__main__":
     sys.excepthook = one_sentence
     args = parse_args()
-    run = Run(args)
+    run = Run(args)  # the device, this process among torchrun's, its slices of a batch, the folder
 
     # -----------------------------------------------------------------------------------------
     # Model, clips, and what is going to happen
@@ -776,19 +776,19 @@ if __name__ == "__main__":
     model.to(run.device)
     optimizer = torch.optim.AdamW(
         decay_groups(model, WEIGHT_DECAY),  # of matrices; not of biases, norms and tokens
-        betas=(0.9, 0.95), eps=1e-8, fused=True)
+        betas=(0.9, 0.95), fused=True)
     start = run.resume(model, optimizer)["step"]
 
     if args.init and not start:
         model.load_state_dict(weights_for(model, run.load_model(args.init, **foreign), args.init))
 
-    net = run.wrap(model)  # the same model, compiled and in DDP if asked for
+    net = run.wrap(model)  # the same model; compiled if asked for, in DDP if not alone
 
     # A step takes the next --batch rows of an endless stream, one permutation of the clips after
     # another; a row is a random window, crop and flip of a file. A process loads its share of them.
     loader = run.load(train, steps=range(start, steps))
 
-    # As in `out.losses`, {(target, context): loss}.
+    # What a step logs: the loss, and each of out.losses {(target, context): loss}, in that order.
     names = ["loss", *(f"loss_{name_of(pair)}" for p in model.config.passes for pair in p.items())]
     log = Log(run, train, loader, names, start, steps, steps_per_epoch)
 
@@ -803,7 +803,8 @@ if __name__ == "__main__":
         run.print(f"held out: {said or 'no clip can be read'}")
 
         if run.rank == 0:
-            every = 5 if len(held_out) > 15 else 1  # of the built-in clips, four different things
+            # Of the built-in clips 0, 5, 10 and 15 show each shape, two of them striped.
+            every = 5 if len(held_out) > 15 else 1
             few = [(0, i, 0) for i in range(0, len(held_out), every)]  # (epoch, clip, draw)
             (run.out / "pictures").mkdir(exist_ok=True)
             for batch in run.load(held_out, batches=[few[:4]]):
@@ -831,7 +832,8 @@ if __name__ == "__main__":
             ids = avmae.random_masking(model.config.modalities, args.batch, generator, rows)
             ids = run.to_device(ids)  # ids_keep {m: (b, V)}, ids_mask {m: (b, M)}
 
-            net.require_backward_grad_sync = rows == run.micro_batches[-1]  # DDP: once a step
+            # DDP, if it is one, sums gradients once a step.
+            net.require_backward_grad_sync = rows == run.micro_batches[-1]
             with run.autocast:
                 out = net(inputs, ids)
             (out.loss / count).backward()
@@ -841,7 +843,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = rate
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.found_inf = (~norm.isfinite()).float()  # read if fused: at 1, it does not step
+        optimizer.found_inf = (~norm.isfinite()).float()  # a fused optimizer skips its step at 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
