@@ -427,8 +427,10 @@ def predict_file(model, run, task, names):
     silent = "audio" in clip and bool((clip["audio"] <= math.log(2 * data.MEL_OFFSET)).all())
     if (clip["bad"] or silent) and len(args.modalities) == 2:
         why = clip["bad"][0][1] if clip["bad"] else "silent"
-        run.print(f"{args.predict}: {why}; the picture alone is used")
         clip = read(("video",))
+        if not clip["bad"]:
+            run.print(f"{args.predict}: {why}; the picture alone is used")
+
     if clip["bad"]:
         raise avmae.UserError(f"{args.predict}: {clip['bad'][0][1]}")
 

@@ -529,6 +529,10 @@ def test_finetuning_on_files_and_what_can_be_done_with_the_model(tmp_path, folde
         said = run("train_finetune", *best, "--predict", tmp_path / f"{name}.mp4").stdout
         assert words in said and "picture alone" in said and "cat" in said
 
+    (tmp_path / "junk.mp4").write_bytes(b"no video")
+    ran = run("train_finetune", *best, "--predict", tmp_path / "junk.mp4", fails=True)
+    assert "cannot be opened" in ran.stderr and "picture alone" not in ran.stdout
+
 
 @pytest.mark.parametrize("processes", [3, 8])  # which don't divide the clips; more than there are
 def test_evaluation_on_some_processes_is_that_on_one(tmp_path, folder, tuned, processes):
