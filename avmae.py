@@ -10,9 +10,9 @@ Two tables hold the paper's variants: `PLANS` (Fig. 2: how audio and video are f
 and the decoder. Needs torch and einops only: copy this file and it works.
 
 Letters: B clips, N tokens of a modality, V visible and M masked ones (V + M = N), P numbers in a
-patch, D width (D' of the decoder), L layers, S joint layers; m a modality. The decoder predicts
-N - V tokens: N of the target t, V of its context c (see CONTEXT); if these are one modality, that
-is M.
+patch, D width (D' of the decoder), L layers, S joint layers; m a modality. The decoder predicts Q
+tokens of a target t from a context c: the M masked ones if both are one modality, else see
+`AVMAE.decoder_ids`.
 """
 
 import json
@@ -457,8 +457,8 @@ class Output(NamedTuple):
 
     loss: torch.Tensor  # half the sum of `losses`
     losses: dict  # {(t, c): Eq. 1}
-    preds: dict  # {(t, c): (B, N - V, P)}, N of t and V of c; normalized as the truth is
-    ids_pred: dict  # {(t, c): (B, N - V)}, their positions
+    preds: dict  # {(t, c): (B, Q, P)}, normalized as the truth is
+    ids_pred: dict  # {(t, c): (B, Q)}, their positions
     ids_keep: dict  # {m: (B, V)}, what the encoder saw
     ids_mask: dict  # {m: (B, M)}, and what it did not
 
@@ -523,7 +523,7 @@ class AVMAE(nn.Module):
         """inputs {video: (B, T, H, W, 3) uint8 or in [-1, 1], audio: (B, T, F)} -> Output.
 
         ids: (ids_keep, ids_mask) as `random_masking` makes them, on the inputs' device; drawn
-        here if not given (compiled, a model draws other masks from the same seed).
+        here if not given.
         """
         patches = self.patchify(inputs)                         # {m: (B, N, P)}
         ids = ids or self.draw_ids(inputs)
@@ -533,10 +533,10 @@ class AVMAE(nn.Module):
 
         losses, preds, ids_preds = {}, {}, {}
         for pairs in self.config.passes:                        # {t: c}; joint: each from itself
-            pred, ids_pred = self.forward_decoder(latent, pairs, ids)  # (B, N - V, P), (B, N - V)
+            pred, ids_pred = self.forward_decoder(latent, pairs, ids)  # {t: (B, Q, P)}, {t: (B, Q)}
 
             for t, c in pairs.items():
-                truth = self.truth(t, patches[t], ids_pred[t])  # (B, N - V, P)
+                truth = self.truth(t, patches[t], ids_pred[t])  # (B, Q, P)
                 losses[t, c] = F.mse_loss(pred[t], truth)       # Eq. 1
                 preds[t, c], ids_preds[t, c] = pred[t], ids_pred[t]
 
@@ -562,15 +562,15 @@ class AVMAE(nn.Module):
         return self.encoder({m: self.patch_embed[m](x, ids[m]) for m, x in patches.items()})
 
     def forward_decoder(self, latent, pairs, ids):
-        """latent {m: (B, V, D)} -> predicted patches {t: (B, N - V, P)}, and where in their target
-        they stand {t: (B, N - V)}."""
-        ids_given, ids_pred = self.decoder_ids(pairs, *ids)  # of its own: ids_keep, ids_mask
+        """latent {m: (B, V, D)} -> predicted patches {t: (B, Q, P)}, and where in their target they
+        stand {t: (B, Q)}."""
+        ids_given, ids_pred = self.decoder_ids(pairs, *ids)  # where t == c: ids_keep, ids_mask
 
         tokens = {}
         for t, c in pairs.items():
             pos = self.decoder_pos_embed(ids_given[t].shape[1] + ids_pred[t].shape[1])  # (N, D')
             given = self.decoder_embed[c](latent[c]) + pos[ids_given[t]]  # (B, V, D')
-            masked = self.mask_token[t] + pos[ids_pred[t]]  # (B, N - V, D')
+            masked = self.mask_token[t] + pos[ids_pred[t]]  # (B, Q, D')
 
             tokens[t] = torch.cat([given, masked], dim=1)  # (B, N, D')
             if self.config.modality_embed:  # of the target, for the whole sequence
@@ -578,18 +578,18 @@ class AVMAE(nn.Module):
 
         # Each token carries its own position, so that nothing has to be put back in order.
         decoded = self.decoder(tokens)  # {t: (B, N, D')}
-        decoded = {t: x[:, ids_given[t].shape[1] :] for t, x in decoded.items()}  # (B, N - V, D')
+        decoded = {t: x[:, ids_given[t].shape[1] :] for t, x in decoded.items()}  # {t: (B, Q, D')}
         return {t: self.decoder_pred[t](x) for t, x in decoded.items()}, ids_pred
 
     def decoder_ids(self, pairs, ids_keep, ids_mask):
         """Where in the sequence of a target the tokens of its context stand, {t: (B, V)}, and those
-        that are predicted, {t: (B, N - V)}.
+        that are predicted, {t: (B, Q)}.
 
-        A modality's own tokens return to their places and its gaps are predicted. Tokens of another
-        modality have no place in it: they take the first V, and all the rest is predicted, whether
-        the encoder saw it or not (Fig. 3). So the target's own visible tokens never enter the
-        decoder: what they hold arrives through the encoder's joint layers. And the target's first V
-        patches are never predicted.
+        A modality's own tokens return to their places and its gaps are predicted: Q = M. Tokens of
+        another modality have no place in it: they take the first V, and all the rest is predicted,
+        Q = N - V, whether the encoder saw it or not (Fig. 3). So the target's own visible tokens
+        never enter the decoder: what they hold arrives through the encoder's joint layers. And the
+        target's first V patches are never predicted.
         """
         ids_given, ids_pred = {}, {}
         for t, c in pairs.items():
@@ -605,7 +605,7 @@ class AVMAE(nn.Module):
         return ids_given, ids_pred
 
     def truth(self, modality, patches, ids):
-        """What is to be predicted: raw patches (B, N, P) at ids (B, N - V) -> (B, N - V, P)."""
+        """What is to be predicted: raw patches (B, N, P) at ids (B, Q) -> (B, Q, P)."""
         patches = self.config.modalities[modality].normalize(take(patches, ids))
         if self.config.norm_pix:
             mean, std = patch_stats(patches)
@@ -657,7 +657,7 @@ class ClassifierConfig:
     drop_path: float = 0.0  # stochastic depth of the last block
     modality_embed: bool = False
     num_classes: tuple = (309,)  # of each head, side by side; Epic Kitchens: verbs, nouns
-    num_segments: int = 1  # parts of a clip with logits of their own; AVE: 10, of 1 s (Table 8)
+    num_segments: int = 1  # parts with logits of their own; AVE: 10, of 32 frames (Table 8)
 
 
 class MBT(nn.Module):
@@ -752,8 +752,8 @@ class Classifier(nn.Module):
 
         patch = self.config.modalities[modality].patch[0]
         x = x.unflatten(1, (frames // patch, -1)).mean(2)  # (B, t, D)
-        center = (torch.arange(x.shape[1], device=x.device) + 0.5) * patch / frames  # of 1
-        segment = F.one_hot((center * segments).long(), segments).to(x)  # (t, segments)
+        center = (torch.arange(x.shape[1], device=x.device) + 0.5) * patch / frames  # in (0, 1)
+        segment = F.one_hot((center * segments).long(), segments).to(x)  # (t, segments), none empty
 
         return segment.T @ x / segment.sum(0)[:, None]  # the mean of each: (B, segments, D)
 
@@ -766,18 +766,18 @@ def transfer(source, target, streams=None):
     """Initializes a Classifier from an AVMAE in place (Sec. 4.1, Table 3) -> what was taken, and
     the names of the parameters that stayed fresh. UserError if sizes differ.
 
-    streams: the modalities of `target` to initialize, all if None. One that the source does not
-    have takes the blocks of the one it has, and its patch embedding stays fresh. MBT's one norm, at
-    its end, comes from the encoder unless that ends in a norm for each modality.
+    streams: the modalities of `target` to initialize, all if None. A stream whose modality the
+    source lacks takes the blocks of the one it has, and its patch embedding stays fresh. MBT has
+    one norm, at its end: that of a joint or shared end fits, other norms have no place there.
     """
     a, b = source.config.size, target.config.size
     require(a == b, f"the pretrained model has {a}, this one {b}: they must be equal")
     theirs, ours = source.config.modalities, target.config.modalities
     taken, touched = [], set()
 
-    def copy(a, b):
-        b.load_state_dict({k: a.state_dict()[k] for k in b.state_dict()})  # b may have fewer
-        touched.update(map(id, b.parameters()))
+    def copy(old, new):  # which may lack a modality_embed
+        new.load_state_dict({k: old.state_dict()[k] for k in new.state_dict()})
+        touched.update(map(id, new.parameters()))
 
     for m in streams or ours:
         require(m in ours, f"no stream {m!r}: choose of {', '.join(ours)}")

@@ -490,7 +490,8 @@ if __name__ == "__main__":
     # Optimizer, and where we are
 
     model.to(run.device)
-    # SGD; the rate of block i of L is times "scale", layer_decay^(L - i), that of the head times 1.
+    # SGD with momentum, no weight decay. A group's rate is the schedule's times its "scale":
+    # layer_decay^(L - i) for block i = 0 ... L - 1, less for the patch embeddings, 1 for the head.
     optimizer = make_optimizer(model, args)
     saved = run.resume(model, optimizer)
     start, best = saved["step"], saved.get("best", -1.0)
@@ -546,7 +547,7 @@ if __name__ == "__main__":
 
             # What DropPath draws depends on (seed, step, part): a resumed run draws the same.
             torch.manual_seed((args.seed * 1_000_003 + step) * args.batch + part)
-            # DDP, if it is one, sums gradients once a step.
+            # DDP, if it is one, averages the processes' gradients once a step.
             net.require_backward_grad_sync = rows == run.micro_batches[-1]
             with run.autocast:
                 logits = net(inputs)  # {m: (b, C)}
@@ -560,7 +561,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * rate
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-        optimizer.found_inf = (~norm.isfinite()).float()  # a fused optimizer skips its step at 1
+        optimizer.found_inf = (~norm.isfinite()).float()  # not finite: no step, as in pretraining
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

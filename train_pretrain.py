@@ -65,11 +65,11 @@ MODEL = {  # fixed for a run
     "allow_uncoupled": (False, "allow separate encoder + separate decoder (Table 10)"),
 }
 RECIPE = {  # fixed for a run
-    "clips": (4096, "number of built-in clips, and of those of a dry run without --data"),
+    "clips": (4096, "number of built-in clips; in presets of real ones, for --dry-run"),
     "fraction": (1.0, "share of the training clips to use (Table 17)"),
-    "repeat": (1, "rows of a batch that share a clip read once, each with its own crop and masks"),
-    "epochs": (400, "passes over the clips (Table 5); with --repeat R, R epochs are one pass"),
-    "batch": (512, "rows a step, over all processes; a row is a clip, but for --repeat"),
+    "repeat": (1, "uses of a clip once it is read, each with its own crop and masks: clips, too"),
+    "epochs": (400, "passes over the clips (Table 5)"),
+    "batch": (512, "clips a step, over all processes"),
     "lr": (1.5e-4, "peak learning rate for a batch of 256"),
     "warmup": (4.0, "epochs of linear warm-up; then the rate falls to 0 as a cosine"),
     "seed": (0, "of weights, order, crops and masks"),
@@ -236,26 +236,12 @@ def clips_of(args):
         data.Clips(held_out or clips, window, modalities))
 
 
-def learning_rate(step, peak, warmup, steps):
-    """Linear warm-up, then cosine to 0; the first step has 0 (Table 20, official schedule)."""
-    decay = 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup) / max(1, steps - int(warmup))))
-    return peak * min(1.0, step / warmup if warmup else 1.0) * decay
-
-
 def weights_for(model, other, path):
     """The parameters of another model. UserError if it has another architecture."""
     shapes = [{(name, x.shape) for name, x in y.state_dict().items()} for y in (model, other)]
     differ = sorted({name for name, _ in shapes[0] ^ shapes[1]})[:3]
     avmae.require(not differ, f"{path} is another architecture: {', '.join(differ)} differ")
     return other.state_dict()
-
-
-def decay_groups(model, weight_decay):
-    """AdamW's groups: weight matrices decay; biases, LayerNorm, mask and modality tokens don't."""
-    params = list(model.parameters())
-    return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -315,8 +301,14 @@ def constant_error(model, train, held_out):
     return errors
 
 
-def report(errors, constant):
-    """Prints the errors of `evaluate` beside those of `constant_error` -> them as a dict."""
+def report(errors, model, train, held_out, run):
+    """Prints the errors of `evaluate` beside those of the best constant -> them as a dict."""
+    # Estimated on the CPU, from up to 512 training and 256 held-out clips.
+    some = data.Batches(len(train), min(64, len(train)), run.args.seed, range(8))
+    others = data.in_order(min(256, len(held_out)), EVAL_BATCH)
+    constant = constant_error(
+        model.cpu(), run.load(train, batches=some), run.load(held_out, batches=others))
+
     print("held-out error, its share of the best constant prediction's, and how much lower it")
     print("is than with another clip's other modality:")
 
@@ -351,6 +343,16 @@ def draw(model, inputs, path):
         x = torch.where(x.isnan(), blue, x.clamp(0, 1))  # (3 B, 3, height, width)
         picture = make_grid(x, nrow=1, padding=2, pad_value=1)
         save_image(picture, f"{path}_{name_of(pair)}.png")
+
+
+def draw_some(model, clips, run, step):
+    """Writes pictures of four clips, the same at each look, named by the step."""
+    # Of the built-in clips 0, 5, 10 and 15 show each shape, two of them striped.
+    every = 5 if len(clips) > 15 else 1
+    keys = [(0, i, 0) for i in range(0, len(clips), every)]  # (epoch, clip, draw)
+    (run.out / "pictures").mkdir(exist_ok=True)
+    for batch in run.load(clips, batches=[keys[:4]]):
+        draw(model, batch, run.out / "pictures" / f"{step:07d}")
 
 
 COLORS = ("#2a6fb0", "#c8452f", "#3a9a4b", "#8a5fb0", "#b08a2a", "#444444")
@@ -744,6 +746,24 @@ class Log:
         draw_curves(curves, self.run.out / "curves.svg", "by step")
 
 
+# ---------------------------------------------------------------------------------------------
+# Schedule and weight decay
+
+
+def learning_rate(step, peak, warmup, steps):
+    """Linear warm-up, then cosine to 0; the first step has 0 (Table 20, official schedule)."""
+    decay = 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup) / max(1, steps - int(warmup))))
+    return peak * min(1.0, step / warmup if warmup else 1.0) * decay
+
+
+def decay_groups(model, weight_decay):
+    """AdamW's groups: weight matrices decay; biases, LayerNorm, mask and modality tokens don't."""
+    params = list(model.parameters())
+    return [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}]
+
+
 if __name__ == "__main__":
     sys.excepthook = one_sentence
     args = parse_args()
@@ -776,7 +796,7 @@ if __name__ == "__main__":
     model.to(run.device)
     optimizer = torch.optim.AdamW(
         decay_groups(model, WEIGHT_DECAY),  # of matrices; not of biases, norms and tokens
-        betas=(0.9, 0.95), fused=True)
+        lr=0.0, betas=(0.9, 0.95), fused=True)  # the rate is set at each step
     start = run.resume(model, optimizer)["step"]
 
     if args.init and not start:
@@ -784,8 +804,9 @@ if __name__ == "__main__":
 
     net = run.wrap(model)  # the same model; compiled if asked for, in DDP if not alone
 
-    # A step takes the next --batch rows of an endless stream, one permutation of the clips after
-    # another; a row is a random window, crop and flip of a file. A process loads its share of them.
+    # A step takes the next --batch clips of an endless stream, one permutation of all after
+    # another: of a file a random window, crop and flip; a built-in clip is always the same. A
+    # process loads its share of them.
     loader = run.load(train, steps=range(start, steps))
 
     # What a step logs: the loss, and each of out.losses {(target, context): loss}, in that order.
@@ -795,21 +816,16 @@ if __name__ == "__main__":
     peak, warmup = args.lr * args.batch / 256, args.warmup * steps_per_epoch
 
     def look():
-        """Held-out errors to the log, and pictures of four clips."""
-        errors, read = evaluate(model, held_out, run)
-        figures = {name_of(pair): error for pair, (error, _) in errors.items()}
+        """Held-out errors to the log, and pictures of four clips -> errors, number of clips."""
+        errors, used = evaluate(model, held_out, run)
+        figures = {name_of(pair): error for pair, (error, _) in errors.items()}  # _: swapped
         log.write({"step": log.done, "held_out": figures})
         said = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
         run.print(f"held out: {said or 'no clip can be read'}")
 
         if run.rank == 0:
-            # Of the built-in clips 0, 5, 10 and 15 show each shape, two of them striped.
-            every = 5 if len(held_out) > 15 else 1
-            few = [(0, i, 0) for i in range(0, len(held_out), every)]  # (epoch, clip, draw)
-            (run.out / "pictures").mkdir(exist_ok=True)
-            for batch in run.load(held_out, batches=[few[:4]]):
-                draw(model, batch, run.out / "pictures" / f"{log.done:07d}")
-        return errors, read
+            draw_some(model, held_out, run, log.done)
+        return errors, used
 
     # -----------------------------------------------------------------------------------------
     # The loop
@@ -827,12 +843,13 @@ if __name__ == "__main__":
             inputs = {m: batch[m] for m in model.config.modalities}
             index.append(batch["index"])
 
-            # Masks of the global batch come from (seed, step): the same on any number of processes.
+            # Masks of the global batch come from (seed, step), the same on any number of processes;
+            # here the rows of the micro-batch.
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
             ids = avmae.random_masking(model.config.modalities, args.batch, generator, rows)
             ids = run.to_device(ids)  # ids_keep {m: (b, V)}, ids_mask {m: (b, M)}
 
-            # DDP, if it is one, sums gradients once a step.
+            # DDP, if it is one, averages the processes' gradients once a step.
             net.require_backward_grad_sync = rows == run.micro_batches[-1]
             with run.autocast:
                 out = net(inputs, ids)
@@ -843,7 +860,10 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = rate
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.found_inf = (~norm.isfinite()).float()  # a fused optimizer skips its step at 1
+
+        # Of a gradient that is not finite no step is made: a fused optimizer reads on the device
+        # what a GradScaler would set. An `if` would wait for the GPU.
+        optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -857,20 +877,12 @@ if __name__ == "__main__":
     # -----------------------------------------------------------------------------------------
     # What it has learned: of a finished run, and of one of no steps (--eval)
 
-    errors, read = look()
+    errors, used = look()
     avmae.require(errors or not args.eval, "none of the held-out clips can be read")
 
-    results = {}
-    if run.rank == 0 and errors:
-        # The best constant, estimated on the CPU from up to 512 training and 256 held-out clips.
-        some = data.Batches(len(train), min(64, len(train)), args.seed, range(8))
-        others = data.in_order(min(256, len(held_out)), EVAL_BATCH)
-        constant = constant_error(
-            model.cpu(), run.load(train, batches=some), run.load(held_out, batches=others))
-        results = report(errors, constant)
-
+    results = report(errors, model, train, held_out, run) if run.rank == 0 and errors else {}
     run.write("results.json", {
-        "held_out": results, "clips": read, "unreadable": len(held_out) - read,
+        "held_out": results, "clips": used, "unreadable": len(held_out) - used,
         "settings": vars(args)})
     log.curves()
     run.end()
