@@ -10,9 +10,8 @@ Two tables hold the paper's variants: `PLANS` (Fig. 2: how audio and video are f
 and the decoder. Needs torch and einops only: copy this file and it works.
 
 Letters: B clips, N tokens of a modality, V visible and M masked ones (V + M = N), P numbers in a
-patch, D width (D' of the decoder), L layers, S joint layers; m a modality. The decoder predicts Q
-tokens of a target t from a context c: the M masked ones if both are one modality, else see
-`AVMAE.decoder_ids`.
+patch, D width (D' of the decoder), L layers, S joint layers; m a modality. The decoder predicts
+Q tokens: the M masked ones, but for inpainting (see CONTEXT).
 """
 
 import json
@@ -315,9 +314,9 @@ class Stack(nn.Module):
 # ---------------------------------------------------------------------------------------------
 # Fusion: the encoders and decoders (Fig. 2, Sec. 3.2 and 3.3)
 
-# A plan is a list of stages (how, depth), of L layers in all, S of them joint. How is "separate"
-# (own weights and own pass for each modality), "shared" (same weights, own pass) or "joint" (same
-# weights, one pass over the concatenated modalities).
+# A plan is a list of stages (how, depth), L layers in all; only mid fusion uses S. "separate":
+# each modality has its own weights and its own pass; "shared": same weights, own pass; "joint":
+# same weights, one pass over the tokens of all.
 PLANS = {
     "early": lambda L, S: [("joint", L)],
     "separate": lambda L, S: [("separate", L)],
@@ -373,8 +372,10 @@ class Fusion(nn.Module):
 # The audiovisual masked autoencoder (Sec. 3)
 
 
-# Objectives (Sec. 3.4; inpainting: Fig. 3). Each is a list of decoder passes {target: context}: the
-# target is decoded from the visible tokens of its context.
+# Objectives (Sec. 3.4; inpainting: Fig. 3). Each is a list of decoder passes {target t: context c}:
+# the target is decoded from the visible tokens of its context. Its own return to their places, and
+# its gaps are predicted: Q = M. Those of another modality have no place in its sequence: they take
+# the first V, and all the rest is predicted, whether the encoder saw it or not: Q = N - V.
 CONTEXT = {
     "joint": [{"video": "video", "audio": "audio"}],
     "video_from_audio": [{"video": "audio"}],
@@ -583,13 +584,10 @@ class AVMAE(nn.Module):
 
     def decoder_ids(self, pairs, ids_keep, ids_mask):
         """Where in the sequence of a target the tokens of its context stand, {t: (B, V)}, and those
-        that are predicted, {t: (B, Q)}.
+        that are predicted, {t: (B, Q)}: see CONTEXT.
 
-        A modality's own tokens return to their places and its gaps are predicted: Q = M. Tokens of
-        another modality have no place in it: they take the first V, and all the rest is predicted,
-        Q = N - V, whether the encoder saw it or not (Fig. 3). So the target's own visible tokens
-        never enter the decoder: what they hold arrives through the encoder's joint layers. And the
-        target's first V patches are never predicted.
+        In inpainting a target's own visible tokens never enter its sequence: what they hold arrives
+        through joint layers. And its first V patches are never predicted.
         """
         ids_given, ids_pred = {}, {}
         for t, c in pairs.items():
@@ -657,7 +655,7 @@ class ClassifierConfig:
     drop_path: float = 0.0  # stochastic depth of the last block
     modality_embed: bool = False
     num_classes: tuple = (309,)  # of each head, side by side; Epic Kitchens: verbs, nouns
-    num_segments: int = 1  # parts with logits of their own; AVE: 10, of 32 frames (Table 8)
+    num_segments: int = 1  # with logits of their own; AVE: 10 in a clip of 32 frames (Table 8)
 
 
 class MBT(nn.Module):
@@ -753,7 +751,7 @@ class Classifier(nn.Module):
         patch = self.config.modalities[modality].patch[0]
         x = x.unflatten(1, (frames // patch, -1)).mean(2)  # (B, t, D)
         center = (torch.arange(x.shape[1], device=x.device) + 0.5) * patch / frames  # in (0, 1)
-        segment = F.one_hot((center * segments).long(), segments).to(x)  # (t, segments), none empty
+        segment = F.one_hot((center * segments).long(), segments).to(x)  # (t, segments)
 
         return segment.T @ x / segment.sum(0)[:, None]  # the mean of each: (B, segments, D)
 
@@ -768,7 +766,7 @@ def transfer(source, target, streams=None):
 
     streams: the modalities of `target` to initialize, all if None. A stream whose modality the
     source lacks takes the blocks of the one it has, and its patch embedding stays fresh. MBT has
-    one norm, at its end: that of a joint or shared end fits, other norms have no place there.
+    one norm, at its end, for all modalities: the encoder's last if that is for all, too.
     """
     a, b = source.config.size, target.config.size
     require(a == b, f"the pretrained model has {a}, this one {b}: they must be equal")

@@ -497,6 +497,7 @@ if __name__ == "__main__":
     start, best = saved["step"], saved.get("best", -1.0)
 
     net = run.wrap(model)  # the same model; compiled if asked for, in DDP if not alone
+    # Batches as in pretraining; --augment is applied to a file's window as it is read.
     loader = run.load(train, steps=range(start, steps))
     log = Log(run, train, loader, ["loss"], start, steps, steps_per_epoch)
 
@@ -540,8 +541,8 @@ if __name__ == "__main__":
             target = targets_of(task, batch["label"], num_classes)  # (b, C), for AVE (b, 10, C)
             index.append(batch["index"])
 
-            # Mixup, unless alpha is 0: clip k with clip b-1-k, by a weight from Beta(alpha, alpha)
-            # for each modality of a micro-batch: so each modality has its own labels, {m: (b, C)}.
+            # Mixup (alpha 0: none): clip k with clip b-1-k of the micro-batch, by one weight for
+            # each modality, from Beta(alpha, alpha); labels by the same, so they are {m: (b, C)}.
             part = rows.start // run.micro  # which micro-batch of the step, over all processes
             inputs, labels = mixed(inputs, target, alpha, args.seed, step, part)
 
@@ -561,7 +562,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * rate
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-        optimizer.found_inf = (~norm.isfinite()).float()  # not finite: no step, as in pretraining
+        optimizer.found_inf = (~norm.isfinite()).float()  # skips it, as in pretraining
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

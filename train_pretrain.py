@@ -67,7 +67,7 @@ MODEL = {  # fixed for a run
 RECIPE = {  # fixed for a run
     "clips": (4096, "number of built-in clips; in presets of real ones, for --dry-run"),
     "fraction": (1.0, "share of the training clips to use (Table 17)"),
-    "repeat": (1, "uses of a clip once it is read, each with its own crop and masks: clips, too"),
+    "repeat": (1, "uses of a clip once read, with other crops and masks; each counts as a clip"),
     "epochs": (400, "passes over the clips (Table 5)"),
     "batch": (512, "clips a step, over all processes"),
     "lr": (1.5e-4, "peak learning rate for a batch of 256"),
@@ -751,13 +751,13 @@ class Log:
 
 
 def learning_rate(step, peak, warmup, steps):
-    """Linear warm-up, then cosine to 0; the first step has 0 (Table 20, official schedule)."""
+    """Linear warm-up, then cosine to 0; the first step has 0 (Table 20; int(), as released)."""
     decay = 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup) / max(1, steps - int(warmup))))
     return peak * min(1.0, step / warmup if warmup else 1.0) * decay
 
 
 def decay_groups(model, weight_decay):
-    """AdamW's groups: weight matrices decay; biases, LayerNorm, mask and modality tokens don't."""
+    """AdamW's groups: matrices decay; vectors (biases, norms, mask and modality tokens) don't."""
     params = list(model.parameters())
     return [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
@@ -795,7 +795,7 @@ if __name__ == "__main__":
 
     model.to(run.device)
     optimizer = torch.optim.AdamW(
-        decay_groups(model, WEIGHT_DECAY),  # of matrices; not of biases, norms and tokens
+        decay_groups(model, WEIGHT_DECAY),
         lr=0.0, betas=(0.9, 0.95), fused=True)  # the rate is set at each step
     start = run.resume(model, optimizer)["step"]
 
@@ -804,9 +804,9 @@ if __name__ == "__main__":
 
     net = run.wrap(model)  # the same model; compiled if asked for, in DDP if not alone
 
-    # A step takes the next --batch clips of an endless stream, one permutation of all after
-    # another: of a file a random window, crop and flip; a built-in clip is always the same. A
-    # process loads its share of them.
+    # A step takes the next --batch of all clips in one random order, then in another. Of a file it
+    # takes a random window, crop and flip; a built-in clip is always the same. A process loads its
+    # share of each batch.
     loader = run.load(train, steps=range(start, steps))
 
     # What a step logs: the loss, and each of out.losses {(target, context): loss}, in that order.
@@ -861,8 +861,8 @@ if __name__ == "__main__":
             group["lr"] = rate
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
 
-        # Of a gradient that is not finite no step is made: a fused optimizer reads on the device
-        # what a GradScaler would set. An `if` would wait for the GPU.
+        # The step is skipped if the gradient is not finite: `found_inf`, which a GradScaler sets
+        # otherwise, tells a fused optimizer so on the device. An `if` would wait for the GPU.
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -872,7 +872,7 @@ if __name__ == "__main__":
             log.report(rate)
             if log.passed_epochs(args.eval_every):
                 look()
-            log.save(model, optimizer)  # every --save-every minutes; after SIGTERM, then exits
+            log.save(model, optimizer)  # every --save-every minutes, at the end, if told to stop
 
     # -----------------------------------------------------------------------------------------
     # What it has learned: of a finished run, and of one of no steps (--eval)
