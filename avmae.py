@@ -373,9 +373,9 @@ class Fusion(nn.Module):
 
 
 # Objectives (Sec. 3.4; inpainting: Fig. 3). Each is a list of decoder passes {target t: context c}:
-# the target is decoded from the visible tokens of its context. Its own return to their places, and
-# its gaps are predicted: Q = M. Those of another modality have no place in its sequence: they take
-# the first V, and all the rest is predicted, whether the encoder saw it or not: Q = N - V.
+# t is decoded from the visible tokens of c. If t = c, they go back to their places and the gaps
+# are predicted: Q = M. If not, they have no place in the sequence of t: they take the first V_c of
+# its N_t, and the others are predicted, whether the encoder saw them or not: Q = N_t - V_c.
 CONTEXT = {
     "joint": [{"video": "video", "audio": "audio"}],
     "video_from_audio": [{"video": "audio"}],
@@ -587,7 +587,7 @@ class AVMAE(nn.Module):
         that are predicted, {t: (B, Q)}: see CONTEXT.
 
         In inpainting a target's own visible tokens never enter its sequence: what they hold arrives
-        through joint layers. And its first V patches are never predicted.
+        through the encoder's joint layers. And, as released, its first patches are never predicted.
         """
         ids_given, ids_pred = {}, {}
         for t, c in pairs.items():
@@ -766,7 +766,7 @@ def transfer(source, target, streams=None):
 
     streams: the modalities of `target` to initialize, all if None. A stream whose modality the
     source lacks takes the blocks of the one it has, and its patch embedding stays fresh. MBT has
-    one norm, at its end, for all modalities: the encoder's last if that is for all, too.
+    one norm, its last: that of the encoder, unless this is separate. Those inside mid are left.
     """
     a, b = source.config.size, target.config.size
     require(a == b, f"the pretrained model has {a}, this one {b}: they must be equal")

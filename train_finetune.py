@@ -502,8 +502,9 @@ if __name__ == "__main__":
     log = Log(run, train, loader, ["loss"], start, steps, steps_per_epoch)
 
     warmup = args.warmup * steps_per_epoch
-    own_batch = PRESETS[args.preset].get("batch", RECIPE["batch"][0])  # that --lr is for
-    peak = args.lr * args.batch / own_batch
+    # --lr is meant for the preset's batch; for another it is scaled.
+    preset_batch = PRESETS[args.preset].get("batch", RECIPE["batch"][0])
+    peak = args.lr * args.batch / preset_batch
     audio, video, both = args.mixup
     alpha = {("audio",): audio, ("video",): video}.get(args.modalities, both)
 

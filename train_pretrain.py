@@ -804,9 +804,9 @@ if __name__ == "__main__":
 
     net = run.wrap(model)  # the same model; compiled if asked for, in DDP if not alone
 
-    # A step takes the next --batch of all clips in one random order, then in another. Of a file it
-    # takes a random window, crop and flip; a built-in clip is always the same. A process loads its
-    # share of each batch.
+    # Each epoch has all clips in a new random order; a step takes the next --batch of them, and
+    # what an epoch leaves over begins the next (`data.Batches`). Of a file a random window, crop
+    # and flip are taken; a built-in clip is always the same. A process loads its share of a batch.
     loader = run.load(train, steps=range(start, steps))
 
     # What a step logs: the loss, and each of out.losses {(target, context): loss}, in that order.
@@ -818,7 +818,7 @@ if __name__ == "__main__":
     def look():
         """Held-out errors to the log, and pictures of four clips -> errors, number of clips."""
         errors, used = evaluate(model, held_out, run)
-        figures = {name_of(pair): error for pair, (error, _) in errors.items()}  # _: swapped
+        figures = {name_of(pair): error for pair, (error, _) in errors.items()}  # _: see evaluate
         log.write({"step": log.done, "held_out": figures})
         said = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
         run.print(f"held out: {said or 'no clip can be read'}")
