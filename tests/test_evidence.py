@@ -96,12 +96,12 @@ def test_questions_are_answered_as_soon_as_their_runs_are_there(tmp_path):
 def test_pictures_of_two_clips_lie_side_by_side(tmp_path):
     args = arguments(tmp_path)
     colors = {"audio": 50, "video": 200}
-    for model in "mid", "inpainting", "early", "inpaint_both":
-        (tmp_path / f"{model}/1/pictures").mkdir(parents=True)
-        (tmp_path / f"{model}/1/log.jsonl").write_text('{"step": 20, "loss": 0.5}\n')
+    for model in "mid/2", "inpainting/1", "early/2", "inpaint_both/2":
+        (tmp_path / f"{model}/pictures").mkdir(parents=True)
+        (tmp_path / f"{model}/log.jsonl").write_text('{"step": 20, "loss": 0.5}\n')
         for step, (m, color) in itertools.product(("0000020", "0000040"), colors.items()):
             picture = np.full((794, 516, 3), color if step == "0000040" else 0, np.uint8)
-            Image.fromarray(picture).save(tmp_path / f"{model}/1/pictures/{step}_{m}.png")
+            Image.fromarray(picture).save(tmp_path / f"{model}/pictures/{step}_{m}.png")
 
     evidence.pictures(args)
     for name in "reconstruction", "inpainting":
