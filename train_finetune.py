@@ -549,8 +549,7 @@ if __name__ == "__main__":
 
             # What DropPath draws depends on (seed, step, part): a resumed run draws the same.
             torch.manual_seed((args.seed * 1_000_003 + step) * args.batch + part)
-            # DDP, if it is one, averages the processes' gradients once a step.
-            net.require_backward_grad_sync = rows == run.micro_batches[-1]
+            net.require_backward_grad_sync = rows == run.micro_batches[-1]  # when DDP averages
             with run.autocast:
                 logits = net(inputs)  # {m: (b, C)}
 
