@@ -7,8 +7,8 @@ mean over these draws.
 
 Every run is a command of the two scripts, on one thread; --jobs says how many run at once. What is
 done is not repeated, what was stopped goes on. The answers so far are in assets/results.json, from
-which assets/results.md is made. All of it takes some six hours of one core, the questions up to
-Table 18 less than four.
+which assets/results.md is made. All of it takes some six hours of one core, the first nine
+questions less than four.
 """
 
 import argparse
