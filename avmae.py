@@ -587,7 +587,7 @@ class AVMAE(nn.Module):
         that are predicted, {t: (B, Q)}: see CONTEXT.
 
         In inpainting a target's own visible tokens never enter its sequence: what they hold arrives
-        through the encoder's joint layers. And, as released, its first patches are never predicted.
+        through joint layers of encoder or decoder. Its first patches are never predicted.
         """
         ids_given, ids_pred = {}, {}
         for t, c in pairs.items():

@@ -347,7 +347,7 @@ def draw(model, inputs, path):
 
 def draw_some(model, clips, run, step):
     """Writes pictures of four clips, the same at each look, named by the step."""
-    # Of the built-in clips 0, 5, 10 and 15 show each shape, two of them striped.
+    # Of the built-in clips 0, 5, 10 and 15 are of each shape, two of them striped.
     every = 5 if len(clips) > 15 else 1
     keys = [(0, i, 0) for i in range(0, len(clips), every)]  # (epoch, clip, draw)
     (run.out / "pictures").mkdir(exist_ok=True)

@@ -40,8 +40,8 @@ TINY = {  # for a check of this file in minutes
     "train_pretrain.py": ["--clips", "32", "--epochs", "1", "--batch", "16"],
     "train_finetune.py": ["--per-class", "2", "--epochs", "1", "--test-clips", "64"]}
 
-# By the scripts' defaults (seeds 1 to 5, 20 epochs, 40 labels a class) draws of finetuning differ
-# by 7 points, too many to tell Tables 2, 3 and 10.
+# By the demo's recipes (seeds 1 to 5, 20 epochs, 40 labels a class) draws of a paired difference
+# spread by 7 points, too many to tell Tables 2 and 10, and 3 on audio.
 STEPS = "--batch 8 --lr 6.4e-2"
 LABELS = ["--per-class", "80", "--epochs", "15"]
 MODELS = {  # name: flags of train_pretrain.py
