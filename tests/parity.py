@@ -1,8 +1,8 @@
-"""Compares our models with numbers of the authors' JAX model: python tests/parity.py FILE.npz ...
+"""Compare our models with numbers of the authors' JAX model: python tests/parity.py FILE.npz ...
 
 Prints the error of every output and exits 1 if one is above its bound. Errors of outputs are
-max|a - b| / max(1, max|b|); of gradients, the relative L2 norm of the difference, tensor by tensor.
-The kind of a file is told by its `config_json`, else by its name.
+max|a - b| / max(1, max|b|); errors of gradients are relative L2 norms, tensor by tensor. Settings
+that parameters do not tell are read from `config_json` in the file, or from its name.
 """
 
 import argparse
@@ -15,14 +15,16 @@ from unittest import mock
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import avmae  # noqa: E402
+import convert_weights  # noqa: E402
 
 OUTPUT_BOUND = {torch.float64: 3e-6, torch.float32: 5e-6}
 GRADIENT_BOUND = 1e-4
-KEY_BIAS_BOUND = 1e-6  # of the global norm: this gradient is exactly 0
-OURS = {"rgb": "video", "spectrogram": "audio"}
-THEIRS = {m: theirs for theirs, m in OURS.items()}
+KEY_BIAS_BOUND = 1e-6  # relative to the global norm, since this gradient is exactly 0
+OFFICIAL = convert_weights.OFFICIAL_MODALITIES
+MODALITY = {official: m for m, official in OFFICIAL.items()}
 ENCODERS = {
     "separate_encoders": "separate", "concat_and_encode": "early", "same_encoder": "shared",
     "separate_encoders_and_concat": "mid"}
@@ -30,53 +32,55 @@ DECODERS = {"same_decoder": "shared", "separate_decoders": "separate", "concat_a
 
 
 def error(ours, reference):
+    """Return the largest difference relative to the largest reference value, if that is above 1."""
     reference = torch.as_tensor(np.asarray(reference), dtype=torch.float64)
     ours = torch.as_tensor(ours).detach().double()
     return ((ours - reference).abs().max() / max(1.0, reference.abs().max())).item()
 
 
-def mean_of(logits):
+def average(logits):
     return torch.stack(list(logits.values())).mean(0)
 
 
 def group(file, prefix):
-    """{rest of the key: array} of the keys that start so."""
+    """Return {rest of the key: array} for keys with this prefix."""
     return {key[len(prefix) :]: file[key] for key in file if key.startswith(prefix)}
 
 
-def by_ours(file, prefix, dtype=None):
-    """{m: tensor} of the arrays of each modality."""
-    return {OURS[k]: torch.tensor(v, dtype=dtype) for k, v in group(file, prefix).items()}
+def by_modality(file, prefix, dtype=None):
+    """Return {m: tensor} for arrays whose key is a prefix and an official modality."""
+    return {MODALITY[k]: torch.tensor(v, dtype=dtype) for k, v in group(file, prefix).items()}
 
 
-def inputs_of(file, dtype):
-    """Inputs by our names; a spectrogram has one channel there, or three equal ones."""
-    inputs = by_ours(file, "inputs/", dtype)
+def make_inputs(file, dtype):
+    """Return inputs {m: tensor}; official spectrograms have one channel or three equal ones."""
+    inputs = by_modality(file, "inputs/", dtype)
     return {m: x[..., 0] if m == "audio" else x for m, x in inputs.items()}
 
 
-def model_of(file, dtype, **assume):
-    """Config and inputs of a file; our weights, and theirs {path: tensor} that the importer made
-    them of."""
+def load(file, dtype, **assume):
+    """Return config, inputs, our state dict and the official parameters it was computed from."""
     params = {
         path: torch.tensor(x, dtype=dtype, requires_grad=True)
         for path, x in group(file, "params/").items()}
-    checkpoint = avmae.from_official(params, **assume)
-    config, inputs = avmae.from_dict(checkpoint["config"]), inputs_of(file, dtype)
+    config, state, _ = convert_weights.from_official(params, **assume)
 
-    modalities = {m: modality.like(inputs[m]) for m, modality in config.modalities.items()}
-    return replace(config, modalities=modalities), inputs, checkpoint["model"], params
+    inputs = make_inputs(file, dtype)
+    modalities = {m: x.with_shape_of(inputs[m]) for m, x in config.modalities.items()}
+    return replace(config, modalities=modalities), inputs, state, params
 
 
 def gradient_errors(model, state, params, file, at):
-    """The global norm, norms and arrays of a model's gradients, taken back through the importer to
-    what it made the weights of. `at` says where the file has them: "grad_raw/" or "softmax/grad/".
+    """Compare gradients with respect to official parameters: global norm, norms and arrays.
+
+    Gradients go back through the conversion of weights. `at` is the prefix of their keys in the
+    file, such as "grad_raw/" or "softmax/grad/".
     """
     used = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    found = torch.autograd.grad(
+    grads = torch.autograd.grad(
         [state[name] for name in used], list(params.values()), list(used.values()),
         retain_graph=True, allow_unused=True)
-    grads = {path: grad.double() for path, grad in zip(params, found) if grad is not None}
+    grads = {path: grad.double() for path, grad in zip(params, grads) if grad is not None}
 
     key = f"{at}global_norm" if f"{at}global_norm" in file else f"{at[:-1]}_global_norm"
     scale = float(file[key])
@@ -95,35 +99,35 @@ def gradient_errors(model, state, params, file, at):
     for path, norm in norm_of.items():
         if path in grads:
             yield compare(f"|{path}|", abs(float(grads[path].norm()) - norm), norm)
-        else:  # a part that this objective does not have
+        else:  # a module that this objective does not use
             yield f"|{path}| (unused)", norm, 1e-12
     for path, array in group(file, at).items():
         if path in grads:
-            theirs = torch.tensor(array).double()
-            yield compare(path, float((grads[path] - theirs).norm()), float(theirs.norm()))
+            official = torch.tensor(array).double()
+            yield compare(path, float((grads[path] - official).norm()), float(official.norm()))
 
 
 def strategies(path, file):
-    """What a pretraining file does not tell by its parameters: from its config, else its name."""
-    official = json.loads(str(file["config_json"]))["model"] if "config_json" in file else {}
+    """Return encoder, decoder and objective from the config in a file, or from its name."""
+    config = json.loads(str(file["config_json"]))["model"] if "config_json" in file else {}
     _, encoder, decoder, *_ = [*path.stem.split("__"), "", ""]
-    target, *others = sorted(OURS[k] for k in group(file, "loss_raw/") if k != "total")
+    target, *others = sorted(MODALITY[k] for k in group(file, "loss_raw/") if k != "total")
 
     objective = "joint"
-    if official.get("use_inpainting", "inpainting" in path.stem):
+    if config.get("use_inpainting", "inpainting" in path.stem):
         context = {"video": "audio", "audio": "video"}[target]
         objective = "inpaint_both" if others else f"{target}_from_{context}"
     return {
-        "encoder": ENCODERS[official.get("encoder_strategy") or encoder],
-        "decoder": DECODERS[official.get("decoder_strategy") or decoder], "objective": objective}
+        "encoder": ENCODERS[config.get("encoder_strategy") or encoder],
+        "decoder": DECODERS[config.get("decoder_strategy") or decoder], "objective": objective}
 
 
 def check_pretraining(path, file, dtype):
-    """Predictions, losses, gradients, and the unmasked encoder's output."""
-    config, inputs, state, params = model_of(file, dtype, **strategies(path, file))
-    ids = [by_ours(file, f"{which}_indices/", torch.long) for which in ("unmasked", "masked")]
+    """Compare predictions, losses, gradients and the features of whole clips."""
+    config, inputs, state, params = load(file, dtype, **strategies(path, file))
+    ids = [by_modality(file, f"{which}_indices/", torch.long) for which in ("unmasked", "masked")]
     bound, modalities = OUTPUT_BOUND[dtype], {
-        m: replace(modality, mask_ratio=(ids[1][m].shape[1] + 0.5) / modality.tokens)
+        m: replace(modality, mask_ratio=(ids[1][m].shape[1] + 0.5) / modality.num_tokens)
         for m, modality in config.modalities.items()}
     config = replace(config, modalities=modalities)
 
@@ -132,9 +136,9 @@ def check_pretraining(path, file, dtype):
         model.load_state_dict(state)
         out = model(inputs, ids)
         for (t, c), pred in out.preds.items():
-            rows = avmae.take(torch.tensor(file[f"out/{THEIRS[t]}"]), out.ids_pred[t, c])
+            rows = avmae.gather_tokens(torch.tensor(file[f"out/{OFFICIAL[t]}"]), out.ids_pred[t, c])
             yield f"{name} predictions {t} from {c}", error(pred, rows), bound
-            loss = error(0.5 * out.losses[t, c], file[f"loss_{name}/{THEIRS[t]}"])
+            loss = error(0.5 * out.losses[t, c], file[f"loss_{name}/{OFFICIAL[t]}"])
             yield f"loss {name} {t} from {c}", loss, bound
 
         yield f"loss {name}", error(out.loss, file[f"loss_{name}/total"]), bound
@@ -142,12 +146,12 @@ def check_pretraining(path, file, dtype):
         yield from gradient_errors(model, state, params, file, f"grad_{name}/")
 
     for m, features in model.features(inputs, pool=False).items():
-        yield f"features {m}", error(features, file[f"eval_out/{THEIRS[m]}"]), bound
+        yield f"features {m}", error(features, file[f"eval_out/{OFFICIAL[m]}"]), bound
 
 
 def check_finetuning(path, file, dtype):
-    """Logits at test time and in training, tokens, stochastic depth, losses, gradients."""
-    config, inputs, state, params = model_of(file, dtype, fusion_layer=2)
+    """Compare logits at test time and in training, tokens, stochastic depth, losses, gradients."""
+    config, inputs, state, params = load(file, dtype, fusion_layer=2)
     bound = OUTPUT_BOUND[dtype]
 
     def model_with(state=state, **settings):
@@ -156,26 +160,26 @@ def check_finetuning(path, file, dtype):
         return model.eval()
 
     model, last = model_with(), {}
-    for m, blocks in model.trunk.blocks.items():
+    for m, blocks in model.encoder.blocks.items():
         blocks[-1].register_forward_hook(lambda block, x, y, m=m: last.update({m: y}))
     logits, tokens = model(inputs), model.features(inputs, pool=False)
-    yield "logits", error(mean_of(logits), file["out/logits"]), bound
-    if len(last) > 1 and "out/bottleneck" in file:  # its scale, which norms hide from the logits
+    yield "logits", error(average(logits), file["out/logits"]), bound
+    if len(last) > 1 and "out/bottleneck" in file:  # the final norm hides its scale from the logits
         both = {m: y[:, -file["out/bottleneck"].shape[1] :] for m, y in last.items()}
-        yield "bottleneck tokens", error(mean_of(both), file["out/bottleneck"]), bound
+        yield "bottleneck tokens", error(average(both), file["out/bottleneck"]), bound
 
-    for m, theirs in ((m, THEIRS[m]) for m in config.modalities):
-        yield f"tokens {m}", error(tokens[m], file[f"out/tokens_{theirs}"]), bound
-        yield f"pooled {m}", error(tokens[m].mean(1), file[f"out/prelogits_{theirs}"]), bound
-        yield f"training logits {m}", error(logits[m], file[f"train_out/logits_{theirs}"]), bound
+    for m, official in ((m, OFFICIAL[m]) for m in config.modalities):
+        yield f"tokens {m}", error(tokens[m], file[f"out/tokens_{official}"]), bound
+        yield f"pooled {m}", error(tokens[m].mean(1), file[f"out/prelogits_{official}"]), bound
+        yield f"training logits {m}", error(logits[m], file[f"train_out/logits_{official}"]), bound
 
     if "droppath/patterns_in_call_order" in file:
         yield from check_stochastic_depth(model_with(drop_path=0.3), inputs, file, bound)
     if "out_test_without_bottlenecks/logits" in file:
-        no_bottleneck = {k: v for k, v in state.items() if k != "trunk.bottleneck"}
+        no_bottleneck = {k: v for k, v in state.items() if k != "encoder.bottleneck"}
         alone = model_with(no_bottleneck, fusion_layer=config.size.depth)(inputs)
-        theirs = file["out_test_without_bottlenecks/logits"]
-        yield "logits without bottlenecks", error(mean_of(alone), theirs), bound
+        official = file["out_test_without_bottlenecks/logits"]
+        yield "logits without bottlenecks", error(average(alone), official), bound
 
     for kind in "softmax", "sigmoid":
         yield from check_loss(model, inputs, kind, file, bound)
@@ -183,29 +187,29 @@ def check_finetuning(path, file, dtype):
 
 
 def check_loss(model, inputs, kind, file, bound):
-    """The loss of each modality's logits, whose gradients it leaves, and that of their mean."""
+    """Compare the loss per modality, whose gradients it leaves, and the loss of the mean logits."""
     from train_finetune import classification_loss
 
     model.zero_grad()
     logits, dtype = model(inputs), model.head.weight.dtype
-    labels = {m: torch.tensor(file[f"{kind}/labels_{THEIRS[m]}"], dtype=dtype) for m in logits}
+    labels = {m: torch.tensor(file[f"{kind}/labels_{OFFICIAL[m]}"], dtype=dtype) for m in logits}
     loss = classification_loss(logits, labels, kind, smoothing=0.3)
     yield f"{kind} loss", error(loss, file[f"{kind}/loss"]), bound
     loss.backward()
 
     onehot = {"all": torch.tensor(file[f"{kind}/labels_onehot"], dtype=dtype)}
-    loss = classification_loss({"all": mean_of(logits)}, onehot, kind, smoothing=0.3)
-    theirs = file[f"{kind}/eval_loss_fn_on_avg_logits"]
-    yield f"{kind} loss of mean logits", error(loss, theirs), bound
+    loss = classification_loss({"all": average(logits)}, onehot, kind, smoothing=0.3)
+    official = file[f"{kind}/eval_loss_fn_on_avg_logits"]
+    yield f"{kind} loss of mean logits", error(loss, official), bound
 
 
 def check_stochastic_depth(model, inputs, file, bound):
-    """The file's patterns in call order: layer 1.., modality, attention then MLP; 1 = dropped."""
+    """Compare logits with the drop patterns of the file (1: dropped), which are in call order."""
     patterns = iter(torch.tensor(file["droppath/patterns_in_call_order"]))
     rates = []
 
     def forward(self, x):
-        if self.rate == 0:  # draws nothing
+        if self.rate == 0:
             return x
         rates.append(self.rate)
         return x * (1 - next(patterns).to(x))[:, None, None]
@@ -215,12 +219,12 @@ def check_stochastic_depth(model, inputs, file, bound):
 
     yield "stochastic depth rates", error(rates, file["droppath/probabilities_in_call_order"]), 1e-6
     for m in logits:
-        theirs = file[f"droppath/logits_{THEIRS[m]}"]
-        yield f"stochastic depth logits {m}", error(logits[m], theirs), bound
+        official = file[f"droppath/logits_{OFFICIAL[m]}"]
+        yield f"stochastic depth logits {m}", error(logits[m], official), bound
 
 
 def check(path, dtype):
-    """Yields (what, error, bound) for a reference file."""
+    """Yield (name, error, bound) for every comparison with a reference file."""
     path = pathlib.Path(path)
     with np.load(path) as arrays:
         file = dict(arrays)
