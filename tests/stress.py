@@ -1,14 +1,15 @@
 """Long tests of what the README promises: python tests/stress.py corpus | kills | memory | index
 
-corpus  some 300 damaged files: each is used or named, none crashes, hangs or is replaced silently
-kills   runs stopped 52 times at random moments, also while they save: same losses
-memory  20,000 clips, half of them damaged, through four workers: what these hold does not grow
-index   a list of 2 million clips (index plain | audioset | vggsound | epic): how long it takes to
-        open and what it costs, also in four workers
+corpus  300 damaged files: each is used or reported, none crashes, hangs or is replaced silently
+kills   stop runs 52 times at random moments, also while they save: the losses stay the same
+memory  20,000 clips, half of them damaged, in four workers: their memory does not grow
+index   2 million clips (index csv | audioset | vggsound | epic): how long it takes to list and read
+        them and what it costs, also in four workers
 """
 
 import argparse
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -22,9 +23,10 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 import torch  # noqa: E402
 
+import check_clips  # noqa: E402
 import data  # noqa: E402
 import media  # noqa: E402
 
@@ -43,7 +45,7 @@ GOOD = {  # files of many kinds: settings of media.write
 
 
 def damaged(folder, per_kind=10, seed=0):
-    """Writes damaged variants of good files; returns how many there are."""
+    """Write damaged variants of good files; return how many clips there are."""
     rng = random.Random(seed)
     files = {
         name: media.write(folder / name, seconds=2.5, **settings).read_bytes()
@@ -80,6 +82,7 @@ SMALL = data.Window(frames=4, step=0.16, size=32, seconds=1.28, mels=32)
 
 
 def corpus(per_kind=10):
+    """Read each damaged file in training, in evaluation and by check_clips."""
     with tempfile.TemporaryDirectory() as folder:
         count = damaged(pathlib.Path(folder), per_kind)
         index = data.find_clips(folder)
@@ -100,26 +103,28 @@ def corpus(per_kind=10):
             assert ("video" in sample) != bool(sample["bad"])
             bad |= {name} if sample["bad"] else set()
 
-        check = data.Check(evaluation)
-        said = {index.name(i) for i in range(count) if check[i][0] == "bad"}
-        assert said == bad, said ^ bad
+        check = check_clips.Check(evaluation)
+        reported = {index.name(i) for i in range(count) if check[i][0] == "bad"}
+        assert reported == bad, reported ^ bad
         print(
-            f"{count} files: {count - len(bad)} used, {len(bad)} bad in evaluation and in check, "
+            f"{count} files: {count - len(bad)} used, {len(bad)} bad in evaluation and check, "
             f"{replaced} replaced in training; the slowest took {slowest:.2f} s")
 
 
 def losses(out):
+    """Return {step: loss} of the log of a run."""
     log = out / "log.jsonl"
     lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
     return {x["step"]: x["loss"] for x in lines if "loss" in x}
 
 
 def children(process):
+    """Return the ids of the processes that a process has started."""
     listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(x) for x in listed.read_text().split()] if listed.exists() else []
 
 
-def started(script, flags, processes, out):
+def start_run(script, flags, processes, out):
     many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [
@@ -131,11 +136,11 @@ def started(script, flags, processes, out):
 
 
 def interrupted(case, out, times, rng):
-    """Runs a case, stops it so many times at random moments; how often it was saving."""
+    """Start a run and stop it at a random moment, `times` times; return how often it was saving."""
     saving = 0
     for _ in range(times):
         before = len(losses(out))
-        process = started(*case, out)
+        process = start_run(*case, out)
         while process.poll() is None and len(losses(out)) < before + 2:
             time.sleep(0.01)
         time.sleep(rng.random() * 0.5)
@@ -155,8 +160,9 @@ def interrupted(case, out, times, rng):
 
 
 def kills(times=52):
+    """Compare the losses of runs that are stopped and resumed with those of whole runs."""
     rng = random.Random(0)
-    pretrain = ["--clips", "64"]
+    pretrain = ["--num-clips", "64"]
     finetune = ["--per-class", "4", "--test-clips", "16", "--mixup", "0.5", "0.5", "0.5"]
     finetune += ["--drop-path", "0.2"]
     cases = {
@@ -171,7 +177,7 @@ def kills(times=52):
             count = times * (k + 1) // len(cases) - times * k // len(cases)
             saving = interrupted(case, cut, count, rng)
             reached = max(losses(cut))
-            process = started(*case, whole)
+            process = start_run(*case, whole)
             while max(losses(whole), default=0) < reached:
                 assert process.poll() is None
                 time.sleep(0.1)
@@ -184,35 +190,34 @@ def kills(times=52):
                 f"{len(losses(cut))} steps with the losses of a whole run", flush=True)
 
 
-def use_of(pids):
-    """Memory (MB, what is shared divided among its users) and open files of processes."""
-    pss, files = 0, 0
-    for pid in pids:
-        for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            pss += int(line.split()[1]) if line.startswith("Pss:") else 0
-        files += len(os.listdir(f"/proc/{pid}/fd"))
-    return pss / 1024, files
+def memory_of(pids):
+    """Return the memory of processes, MB; shared memory is divided among its users."""
+    lines = (
+        line for pid in pids
+        for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines())
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def load(clips, count):
-    """Batches as four workers make them."""
-    batches = data.Batches(len(clips), 20, 0, range(count // 20))
+    """Yield batches as four workers make them."""
+    batches = data.batch_keys(len(clips), 20, 0, range(count // 20))
     return data.Workers.__iter__(data.Loader(clips, batches, "cpu", 4))
 
 
 class Heap(ctypes.Structure):
-    """mallinfo2 of glibc: [4] and [7] are bytes in use, [8] bytes that are kept for later use."""
+    """mallinfo2 of glibc: [4] and [7] are bytes in use, [8] bytes that are kept for reuse."""
 
     _fields_ = [("sizes", ctypes.c_size_t * 10)]
 
 
 class Watched(data.Clips):
-    """Clips whose workers write what they hold to `held`, a row each: bytes in use, Python's
-    blocks, open files, and bytes that malloc keeps."""
+    """Clips whose workers write a row each to `held`: bytes in use, Python's blocks, open files,
+    bytes that malloc keeps."""
 
     held = torch.zeros(4, 4, dtype=torch.int64).share_memory_()
 
     def __getitems__(self, keys):
+        gc.collect()  # otherwise garbage that is not yet collected counts as a leak
         mallinfo = ctypes.CDLL(None).mallinfo2
         mallinfo.restype = Heap
         heap = mallinfo().sizes
@@ -225,8 +230,11 @@ class Watched(data.Clips):
 
 
 def memory(count=20_000):
-    """The files are made by a process of their own: where large pictures were encoded before the
-    workers are forked, their malloc keeps more and more of what it has freed, without any leak."""
+    """Measure what four workers hold while they read `count` clips.
+
+    Another process makes the files: if a process has encoded large pictures before it forks its
+    workers, their malloc keeps more and more freed memory, without a leak.
+    """
     held, resident = [], []
     with tempfile.TemporaryDirectory() as folder:
         maker = multiprocessing.get_context("spawn").Process(
@@ -237,29 +245,29 @@ def memory(count=20_000):
         batches = load(clips, count)
         pids = [w.pid for w in batches._workers]
 
-        print(f"{len(clips)} files, half of them bad; what four workers hold:")
+        print(f"{len(clips)} files, half of them bad; four workers hold:")
         for k, _ in enumerate(batches, start=1):
             if k % (count // 400) == 0 and k < count // 20 - 8:  # while all workers live
                 held.append(clips.held.sum(0))
                 used, blocks, files, kept = held[-1].tolist()
-                resident.append(use_of(pids)[0])
+                resident.append(memory_of(pids))
                 print(
                     f"  after {20 * k:6d} clips {used / 1e6:.2f} MB, {blocks} blocks, "
                     f"{files} files; {kept / 1e6:.0f} MB kept by malloc, "
                     f"{resident[-1]:.0f} MB resident", flush=True)
 
-    first = len(held) // 3  # until then, what is made once gets made
+    first = len(held) // 3  # by then, caches are filled
     grown = (held[-1] - held[first]) / (count / 20 * (len(held) - 1 - first))
     print("a clip adds {:.1f} bytes, {:.2f} blocks, {:.4f} files".format(*grown.tolist()))
     assert (grown[:3] < torch.tensor([100, 1, 0.01])).all()
-    # What is free at the end of a heap, glibc gives back from 64 MB on, or earlier.
+    # Up to 64 MB that are free at the end of its heap, glibc does not give back.
     assert max(h[3] for h in held) - held[0][3] < 4 * 64e6
     early = resident[1]  # after a tenth of the clips
     assert resident[-1] < 1.1 * early, (early, resident[-1])
 
 
-FORMATS = {  # lists of `rows` clips in 1,000 files: row k -> its line
-    "plain": lambda k: f"v{k % 1000:04d}.mp4,0,{2 + k % 7 / 100},label {k % 309}",
+LISTS = {  # rows of lists of clips in 1,000 files: row k -> its line
+    "csv": lambda k: f"v{k % 1000:04d}.mp4,0,{2 + k % 7 / 100},train,label {k % 309}",
     "audioset": lambda k: (
         f"v{k % 1000:04d}, {k // 1000}.000, {k // 1000 + 10}.000, "
         f'"{MIDS[k % 527]},{MIDS[k % 523]}"'),
@@ -268,12 +276,14 @@ FORMATS = {  # lists of `rows` clips in 1,000 files: row k -> its line
         f"v_{k},P01,v{k % 1000:04d},00:00:01.1,00:{k // 60000:02d}:{k // 1000 % 60:02d}.00,"
         f"00:{k // 60000:02d}:{k // 1000 % 60:02d}.90,1,9,take it,take,{k % 97},cup,{k % 300},x,x")}
 MIDS = [f"/m/{k:05x}" for k in range(527)]
-EPIC = (
-    "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
-    "start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes\n")
+HEADERS = {
+    "csv": "path,start,end,split,label\n", "epic": (
+        "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,"
+        "start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,all_nouns,"
+        "all_noun_classes\n")}
 
 
-def index(name="plain", rows=2_000_000):
+def index(name="csv", rows=2_000_000):
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         file = media.write(folder / "clips" / "v0000.mp4", seconds=2.5)
@@ -281,25 +291,35 @@ def index(name="plain", rows=2_000_000):
             os.link(file, folder / "clips" / f"v{i:04d}.mp4")
         (folder / "class_labels_indices.csv").write_text(
             "index,mid,display_name\n" + "".join(f"{k},{m},{m}\n" for k, m in enumerate(MIDS)))
-        with open(folder / "a.csv", "w") as out:
-            out.write(EPIC if name == "epic" else "")
-            out.writelines(FORMATS[name](k) + "\n" for k in range(rows))
+        with open(folder / "list.csv", "w") as out:
+            out.write(HEADERS.get(name, ""))
+            out.writelines(LISTS[name](k) + "\n" for k in range(rows))
+
+        listed = folder / "list.csv"
+        if name != "csv":
+            tool, start = str(ROOT / "tools/list_clips.py"), time.monotonic()
+            listed = folder / "clips.csv"
+            subprocess.run(
+                [sys.executable, tool, name, folder / "list.csv", folder / "clips", "--out", listed],
+                check=True)
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+            print(f"{name}: listed in {time.monotonic() - start:.1f} s with {peak:.0f} MB")
 
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         start, cpu = time.monotonic(), time.process_time()
-        clips = data.read_annotations(folder / "a.csv", folder / "clips")
+        clips = data.read_clips(listed, folder / "clips")
         seconds, cpu = time.monotonic() - start, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
         assert len(clips) == rows
 
         batches = load(data.Clips(clips, SMALL, augment=data.Augment()), 4000)
-        before = use_of([w.pid for w in batches._workers])[0]
-        for _ in range(100 if name == "plain" else 0):  # the others' segments are beyond the files
+        before = memory_of([w.pid for w in batches._workers])
+        for _ in range(100 if name == "csv" else 0):  # the others' segments are beyond the files
             next(batches)
-        grown = use_of([w.pid for w in batches._workers])[0] - before
+        grown = memory_of([w.pid for w in batches._workers]) - before
         held = sum(x.nbytes for x in vars(clips).values() if hasattr(x, "nbytes"))
         print(
-            f"{name}: {rows} rows opened in {seconds:.1f} s ({cpu:.1f} of a core) with "
+            f"{name}: {rows} rows read in {seconds:.1f} s ({cpu:.1f} of a core) with "
             f"{peak:.0f} MB meanwhile; the index holds {held / 1e6:.0f} MB; "
             f"{len(batches._workers)} workers grew by {grown:.0f} MB while they read 2,000 clips")
 
@@ -309,6 +329,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("test", nargs="?", default="corpus", choices=tests)
-    parser.add_argument("how", nargs="*", help="its arguments: how many, or which list")
+    parser.add_argument("how", nargs="*", help="a number, or for index a list")
     args = parser.parse_args()
     tests[args.test](*(int(x) if x.isdigit() else x for x in args.how))
