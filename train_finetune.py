@@ -1,17 +1,17 @@
-"""Finetunes and evaluates a classifier (Sec. 4.1 of the paper; recipes: Tables 22-24).
+"""Finetune and evaluate a classifier (Sec. 4.1; recipes: Tables 22-24).
 
     torchrun train_finetune.py --init runs/demo/last.pt              # built-in clips
     torchrun --nproc_per_node=8 train_finetune.py --preset vggsound --data clips/ \\
-        --annotations vggsound.csv --init runs/vggsound/last.pt
-    python train_finetune.py --eval runs/finetune/best.pt            # evaluates only
+        --clips vggsound.clips.csv --init runs/vggsound/last.pt
+    python train_finetune.py --eval runs/finetune/best.pt            # evaluate only
     python train_finetune.py --eval runs/finetune/best.pt --predict clip.mp4
 
-The same command resumes. `Run` and `Log`, which both scripts use, are in train_pretrain.py.
+The same command resumes a stopped run. `Run` and `Log` are in train_pretrain.py.
 """
 
+import argparse
 import csv
 import json
-import math
 import os
 import sys
 from dataclasses import replace
@@ -25,47 +25,12 @@ import avmae
 import data
 import train_pretrain
 from train_pretrain import (
-    CLIP, DATA, FOREIGN, RUN, Log, Run, learning_rate, modalities_of, window_of)
+    Log, Run, differences, learning_rate, make_modalities, make_window, num_steps, positive)
 
 # ---------------------------------------------------------------------------------------------
-# Settings by group, as name: (default, what it is). A preset overrides a default, a flag a preset.
+# Settings: flags, and the presets that set their defaults
 
-MODEL = {  # fixed for a run
-    "size": ("base", "of the model"),
-    "model": ("mbt", "mbt, encoder (the pretrained one, Table 14) or probe (linear, Table 18)"),
-    "fusion_layer": (0, "first layer of MBT with bottlenecks; 0: at 2/3 of the depth"),
-}
-RECIPE = {  # fixed for a run
-    "per_class": (40, "built-in training clips of each class"),
-    "test_clips": (1024, "number of built-in test clips"),
-    "views": (4, "windows of a test clip, whose logits are averaged"),
-    "epochs": (50, "passes over the training clips"),
-    "batch": (64, "clips a step, over all processes"),
-    "lr": (0.8, "peak learning rate for the preset's batch; scaled linearly for another"),
-    "warmup": (2.5, "epochs of linear warm-up"),
-    "layer_decay": (0.75, "learning rate of a block against that of the next"),
-    "smoothing": (0.3, "label smoothing"),
-    "drop_path": (0.3, "stochastic depth of the last block"),
-    "mixup": ((0.5, 0.5, 0.5), "alpha if a model has audio alone, video alone, or both; 0: off"),
-    "augment": ("vggsound", "augmentation of a data set's recipe; -released: without time masks"),
-    "seed": (0, "of weights, order, augmentation, and of built-in clips"),
-}
-FINETUNE_ONLY = {
-    "val_annotations": ("", "annotation file of the test clips, if it is another one"),
-    "init": ((), "pretrained checkpoint; several: each for its modalities, or as video=FILE"),
-    "eval": ("", "evaluate this checkpoint: a run of no steps"),
-    "predict": ("", "with --eval: print the labels of this video file"),
-    "embed": ("", "with --eval: write the features of all clips of --data to this npz"),
-}
-TWICE = {  # other defaults of CLIP: the same 2.56 s in twice as many frames
-    "frames": (32, "video frames of a clip"),
-    "frame_step": (0.08, "seconds between frames; stride 2 at 25 frames/s"),
-}
-GROUPS = {
-    "data": DATA | FINETUNE_ONLY, "clips": CLIP | TWICE, "model": MODEL, "recipe": RECIPE,
-    "run": RUN}
-
-VGGSOUND = data.Augment(  # jitter: of height and width, before the crop; masks: how many, widest
+VGGSOUND = data.Augment(  # jitter of height and width; masks: number, largest width
     jitter=(0.9, 1.33), color=True, frequency_masks=(1, 48), time_masks=(4, 48))
 AUGMENT = {
     "none": data.Augment(flip=False),
@@ -73,284 +38,316 @@ AUGMENT = {
     "epic": replace(VGGSOUND, time_shift=True),
     "audioset": replace(VGGSOUND, time_shift=True, frequency_masks=(2, 36)),
 }
-AUGMENT |= {
-    f"{name}-released": replace(AUGMENT[name], time_masks=(0, 0))
-    for name in ("vggsound", "epic", "audioset")}
 
-PRESETS = {  # Tables 22, 23, 24; ave: the recipe of vggsound for a base model, one view of 10 s
-    "demo": dict(  # settings chosen on other seeds than those that the README reports
+TWICE = dict(frames=32, frame_step=0.08)  # the 2.56 s of pretraining in twice as many frames
+PRESETS = {  # Tables 22, 23, 24; ave: the recipe of vggsound for a base model, one window of 10 s
+    "demo": dict(  # settings chosen on other seeds than those reported in the README
         size="demo", frames=8, frame_step=0.32, image=32, tubelet=(2, 8, 8), seconds=2.56, mels=32,
         norm=(-0.5, 0.41, 1.5, 1.4), views=1, batch=16, lr=0.5, epochs=30, smoothing=0.1,
         drop_path=0.0, mixup=(0.0, 0.0, 0.0), augment="none"),
-    "vggsound": dict(size="large"),
-    "epic": dict(size="large", lr=1.2, mixup=(1.25, 0.5, 0.5), augment="epic"),
+    "vggsound": dict(TWICE, size="large"),
+    "epic": dict(TWICE, size="large", lr=1.2, mixup=(1.25, 0.5, 0.5), augment="epic"),
     "audioset": dict(
-        size="large", fusion_layer=18, seconds=10.0, batch=128, lr=1.6, mixup=(1.25, 0.5, 0.5),
-        augment="audioset"),
-    "ave": dict(frame_step=10 / 32, seconds=10.0, views=1),
+        TWICE, size="large", fusion_layer=18, seconds=10.0, batch=128, lr=1.6,
+        mixup=(1.25, 0.5, 0.5), augment="audioset"),
+    "ave": dict(frames=32, frame_step=10 / 32, seconds=10.0, views=1),
 }
-SIZES = {name: encoder for name, (encoder, _) in train_pretrain.SIZES.items()}
-CHOICES = train_pretrain.CHOICES | {
-    "model": ("mbt", "encoder", "probe"), "augment": tuple(AUGMENT), "size": tuple(SIZES)}
+MODEL_SIZES = {name: encoder for name, (encoder, _) in train_pretrain.MODEL_SIZES.items()}
 
 MOMENTUM = 0.9  # of SGD
 CLIP_GRAD = 1.0  # largest norm of the gradient
 
 
 def parse_args(argv=None):
-    args = train_pretrain.parse(__doc__, GROUPS, PRESETS, CHOICES, argv)
+    """Parse the flags of finetuning."""
+    parser = train_pretrain.make_parser(__doc__, PRESETS)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--size", choices=MODEL_SIZES, default="base", help="model size")
+    add("--model", choices=("mbt", "encoder", "probe"), default="mbt",
+        help="MBT, the pretraining encoder (Table 14), or a linear probe of it (Table 18)")
+    add("--fusion-layer", type=int, default=0,
+        help="first MBT layer with bottleneck tokens; 0: two thirds of the depth")
+
+    add = parser.add_argument_group("recipe").add_argument
+    add("--init", nargs="+", default=(), metavar="CHECKPOINT",
+        help="pretrained weights; several: each for its modalities, or as video=FILE audio=FILE")
+    add("--per-class", type=positive, default=40, help="built-in training clips per class")
+    add("--test-clips", type=positive, default=1024, help="number of built-in test clips")
+    add("--views", type=positive, default=4, help="windows per test clip, averaged")
+    add("--epochs", type=float, default=50, help="passes over the training clips")
+    add("--batch", type=positive, default=64, help="clips per step over all processes")
+    add("--lr", type=float, default=0.8, help="peak learning rate for the preset's batch size")
+    add("--warmup", type=float, default=2.5, help="epochs of linear warm-up before cosine decay")
+    add("--layer-decay", type=float, default=0.75, help="factor of the rate from block to block")
+    add("--smoothing", type=float, default=0.3, help="label smoothing")
+    add("--drop-path", type=float, default=0.3, help="stochastic depth of the last block")
+    add("--mixup", type=float, nargs=3, default=(0.5, 0.5, 0.5), metavar=("A", "V", "AV"),
+        help="alpha for audio only, video only and audiovisual models; 0 disables mixup")
+    add("--augment", choices=AUGMENT, default="vggsound", help="augmentation of this data set")
+    add("--time-masks", action=argparse.BooleanOptionalAction, default=True,
+        help="SpecAugment's time masks, which the release disables")
+    add("--seed", type=int, default=0, help="seed of weights, order and augmentation")
+
+    add = parser.add_argument_group("use a classifier (with --eval)").add_argument
+    add("--predict", default="", metavar="PATH", help="print the labels of a file or folder")
+    add("--embed", default="", metavar="NPZ", help="write the features of all clips of --data")
+
+    args = train_pretrain.parse_with_presets(parser, PRESETS, argv)
     folder = "runs/finetune" if args.preset == "demo" else f"runs/finetune-{args.preset}"
     args.out = args.out or ("runs/eval" if args.eval else folder)
-    avmae.require(
+    avmae.check(
         args.eval or not (args.predict or args.embed),
-        "--predict and --embed need a checkpoint: --eval FILE")
+        "--predict and --embed need a checkpoint: give --eval FILE")
+    avmae.check(
+        args.data or not args.embed, "--embed needs clips: give --data FOLDER (and --clips CSV)")
+    folder = os.path.dirname(args.embed) or "."
+    avmae.check(os.path.isdir(folder), f"cannot write --embed: there is no folder {folder}")
     return args
 
 
-def config_of(args, num_classes, task="single", sources=()):
-    """The classifier's config; what pretrained models decide comes from the first of `sources`."""
-    size, first = SIZES[args.size], sources[0].config if sources else avmae.PretrainConfig()
-    known = first.modalities if sources else {}  # those are normalized as in pretraining
-    modalities = {
-        m: replace(x, mean=known.get(m, x).mean, std=known.get(m, x).std)
-        for m, x in modalities_of(args).items()}
+def make_config(args, num_classes, task="single_label", sources=()):
+    """Return the classifier's config; `sources` are pretrained models, the first decides."""
+    first = sources[0].config if sources else avmae.PretrainConfig()
+    modalities, size = make_modalities(args), MODEL_SIZES[args.size]
+    for m in modalities.keys() & (first.modalities.keys() if sources else ()):
+        known = first.modalities[m]  # inputs are normalized as in pretraining
+        modalities[m] = replace(modalities[m], mean=known.mean, std=known.std)
 
     mbt = args.model == "mbt"
     return avmae.ClassifierConfig(
-        modalities, size, "mbt" if mbt else first.encoder,
-        args.fusion_layer or size.depth * 2 // 3, num_joint=first.num_joint,
+        modalities, size, encoder="mbt" if mbt else first.encoder,
+        fusion_layer=args.fusion_layer or size.depth * 2 // 3, joint_layers=first.joint_layers,
         drop_path=0.0 if args.model == "probe" else args.drop_path,
         modality_embed=first.modality_embed and not mbt, num_classes=num_classes,
-        num_segments=10 if task == "ave" else 1)
+        num_segments=10 if task == "segments" else 1)
 
 
-def clips_of(args):
-    """The clips to train on and those to test on, what their labels mean, and their names."""
-    window, modalities = window_of(args), args.modalities
+def make_datasets(args, names=()):
+    """Return training clips, test clips, task and class names; with --eval those of `names`."""
+    window, modalities = make_window(args), args.modalities
     if not args.data:
-        count = len(data.Builtin.classes) * args.per_class
-        train = data.Builtin(count, window, args.seed, modalities)
+        train = data.Builtin(
+            len(data.Builtin.classes) * args.per_class, window, args.seed, modalities)
         test = data.Builtin(args.test_clips, window, 2_000_000 + args.seed, modalities)
-        return train, test, "single", train.classes
+        return train, test, "single_label", train.classes
 
-    labeled = data.labeled_clips(
-        args.data, args.annotations, args.val_annotations, args.allow_outside, modalities)
-    train, test = labeled["train"], labeled["test"]
+    if args.split:
+        train = test = data.open_index(args.data, args.clips, modalities, args.split)
+    else:
+        train, test = data.train_and_val(
+            args.data, args.clips, args.val, modalities, share=0.1, labeled=True)
+    if names:
+        train, test = train.with_classes(names), test.with_classes(names)
+
+    augment = AUGMENT[args.augment]
+    augment = augment if args.time_masks else replace(augment, time_masks=(0, 0))
     return (
-        data.Clips(train, window, modalities, AUGMENT[args.augment], args.seed),
+        data.Clips(train, window, modalities, augment, args.seed),
         data.Clips(test, window, modalities, views=args.views), train.task, train.classes)
 
 
 # ---------------------------------------------------------------------------------------------
-# The recipe: layer-wise decay, mixup, losses, metrics
+# Layer-wise decay, mixup, losses
 
 
 def layer_scales(model, decay):
-    """{parameter: multiplier of the learning rate}: decay^(L-i) for block i, from 0; decay^(L+1)
-    for what comes before the blocks; 1 for what comes after, and for MBT's new bottleneck; a norm
-    between stages goes with the block before it."""
+    """Return {parameter: factor of the learning rate}.
+
+    decay^(L - i) for block i from 0, decay^(L + 1) for patch embeddings, 1 for the final norm,
+    bottleneck and head. A norm between stages has the factor of the block before it.
+    """
     depth = model.config.size.depth
     scales = dict.fromkeys(model.parameters(), 1.0)
     scales.update(dict.fromkeys(model.patch_embed.parameters(), decay ** (depth + 1)))
 
     for m in model.config.modalities:
-        for i, block in enumerate(model.trunk.path(m)):
+        for i, block in enumerate(model.encoder.blocks_for(m)):
             scales.update(dict.fromkeys(block.parameters(), decay ** (depth - i)))
 
-        if isinstance(model.trunk, avmae.Fusion):
-            for stack in model.trunk.stacks(m)[:-1]:
-                scale = scales[next(stack.blocks[-1].parameters())]
-                scales.update(dict.fromkeys(stack.norm.parameters(), scale))
-
+        if model.config.encoder != "mbt":
+            for layers in model.encoder.layers_for(m)[:-1]:
+                scale = scales[next(layers.blocks[-1].parameters())]
+                scales.update(dict.fromkeys(layers.norm.parameters(), scale))
     return scales
 
 
-def make_optimizer(model, args):
-    """SGD with momentum, one group for each multiplier of `layer_scales`; no weight decay."""
+def make_optimizer(model, layer_decay):
+    """Return SGD with momentum and a parameter group per learning rate factor ("scale")."""
     groups = {}
-    for p, scale in layer_scales(model, args.layer_decay).items():
+    for p, scale in layer_scales(model, layer_decay).items():
         if p.requires_grad:
             groups.setdefault(scale, []).append(p)
 
     optimizer = torch.optim.SGD(
         [{"params": p, "scale": s} for s, p in groups.items()], lr=0.0, momentum=MOMENTUM,
         fused=True)
-    for p in sum(groups.values(), []):  # else undefined where `found_inf` skips the first step
+    for p in sum(groups.values(), []):  # otherwise undefined if `found_inf` skips the first step
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
-def targets_of(task, label, num_classes):
-    """Labels (B, K), padded with -1 -> what the logits should be: (B, C), for ave (B, 10, C).
-
-    task: "single" or "many" labels a clip, "epic" (a verb and a noun), "ave" (a label a second).
-    """
-    if task == "epic":  # the heads side by side
+def make_targets(task, label, num_classes):
+    """Turn labels (B, K), padded with -1, into targets (B, C); for "segments" (B, 10, C)."""
+    if task == "verb_noun":  # the two heads side by side
         heads = [F.one_hot(label[:, i], count) for i, count in enumerate(num_classes)]
         return torch.cat(heads, dim=1).float()
-    if task == "ave":
+    if task == "segments":
         return F.one_hot(label, num_classes[0]).float()
 
     target = torch.zeros(len(label), num_classes[0] + 1, device=label.device)
     target.scatter_(1, label.remainder(num_classes[0] + 1), 1.0)
-    return target[:, :-1]  # the padding, -1, falls off the end
+    return target[:, :-1]  # drop the column that padding, -1, has set
 
 
-def mixup(inputs, labels, lam):
-    """Mixes a batch with its reverse: inputs {m: (B, ...)}, labels (B, ...), lam {m: weight} ->
-    mixed inputs and {m: labels}; each modality has its own weight."""
+def mixup(inputs, target, weights):
+    """Mix a batch with its reverse; each modality has its own weight.
+
+    inputs {m: (B, ...)}, target (B, ...), weights {m: float} -> inputs, targets {m: (B, ...)}
+    """
 
     def mix(x, weight):
         return weight * x + (1 - weight) * x.flip(0)
 
-    return {m: mix(x, lam[m]) for m, x in inputs.items()}, {m: mix(labels, lam[m]) for m in inputs}
+    return (
+        {m: mix(x, weights[m]) for m, x in inputs.items()},
+        {m: mix(target, weights[m]) for m in inputs})
 
 
-def mixed(inputs, target, alpha, *seeds):
-    """`mixup` with weights from Beta(alpha, alpha), bytes as numbers in [-1, 1]; alpha 0: none."""
+def apply_mixup(inputs, target, alpha, seed):
+    """Apply `mixup` with weights from Beta(alpha, alpha), or none if alpha is 0.
+
+    seed: integers. Bytes become numbers in [-1, 1]. Returns inputs and targets {m: (B, ...)}.
+    """
     if not alpha:
-        return inputs, {m: target for m in inputs}
+        return inputs, dict.fromkeys(inputs, target)
 
-    rng = np.random.default_rng(seeds)
-    lam = {m: rng.beta(alpha, alpha) for m in inputs}
+    rng = np.random.default_rng(seed)
+    weights = {m: rng.beta(alpha, alpha) for m in inputs}
     inputs = {m: x * (2 / 255) - 1 if x.dtype == torch.uint8 else x for m, x in inputs.items()}
-    return mixup(inputs, target, lam)
+    return mixup(inputs, target, weights)
 
 
-def classification_loss(logits, labels, kind, smoothing=0.0, heads=None):
-    """Mean over modalities of the softmax or sigmoid cross-entropy with smoothed labels.
+def classification_loss(logits, targets, loss_type, smoothing=0.0, heads=None):
+    """Return the cross-entropy with label smoothing, averaged over modalities.
 
-    logits and labels {m: (B, C)} or {m: (B, segments, C)}; sigmoid sums over classes; heads: sizes
-    of several softmaxes side by side, whose mean is taken.
+    logits, targets {m: (B, C)} or {m: (B, segments, C)}. loss_type: "softmax", or "sigmoid", which
+    is summed over classes. heads: sizes of several softmaxes side by side, which are averaged.
     """
     losses = []
     for m, x in logits.items():
         sizes = heads or (x.shape[-1],)
-        x = x.to(labels[m])  # not in bfloat16
+        x = x.to(targets[m])  # float32, not bfloat16
 
-        for part, target in zip(x.split(sizes, -1), labels[m].split(sizes, -1)):
+        for part, target in zip(x.split(sizes, -1), targets[m].split(sizes, -1)):
             target = target * (1 - smoothing) + smoothing / target.shape[-1]
             loss = (
                 -target * part.log_softmax(-1)
-                if kind == "softmax"
+                if loss_type == "softmax"
                 else F.binary_cross_entropy_with_logits(part, target, reduction="none"))
             losses.append(loss.sum(-1).mean())
-
     return torch.stack(losses).mean()
 
 
+# ---------------------------------------------------------------------------------------------
+# Metrics
+
+
 def average_precision(scores, positive):
-    """Area under precision over recall, (N,) and (N,) bool; equal scores are one threshold."""
+    """Return the area under precision over recall; equal scores are one threshold.
+
+    scores (N,), positive (N,) bool
+    """
     scores, order = scores.sort(descending=True)
     hits = positive[order].double().cumsum(0)
-    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])  # of equal ones
+    is_last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)])
 
-    precision, recall = (hits / torch.arange(1, len(hits) + 1))[last], (hits / hits[-1])[last]
+    precision, recall = hits / torch.arange(1, len(hits) + 1), hits / hits[-1]
+    precision, recall = precision[is_last], recall[is_last]
     return (recall.diff(prepend=recall.new_zeros(1)) * precision).sum().item()
 
 
-def roc_auc(scores, positive):
-    """Chance that a positive scores above a negative; half for equal scores. (N,), (N,) bool."""
-    _, rank, counts = scores.unique(return_inverse=True, return_counts=True)
-    middle = counts.cumsum(0) - (counts - 1) / 2  # mean rank of equal scores, from 1
+def compute_metrics(task, logits, labels, num_classes):
+    """Return {name: value}, the main metric first; logits (N, C) or (N, 10, C), labels (N, K)."""
 
-    ranks, p = middle[rank][positive].double().sum(), positive.sum()
-    return ((ranks - p * (p + 1) / 2) / (p * (len(scores) - p))).item()
-
-
-def metrics_of(task, logits, labels, num_classes):
-    """Metrics of all test clips, the main one first. logits (N, C) or (N, 10, C), labels (N, K)."""
-
-    def hit(x, label, k=1):
+    def correct(x, label, k=1):
         return (x.topk(min(k, x.shape[-1]), -1).indices == label[..., None]).any(-1)
 
-    if task == "many":
-        return ranking_metrics(logits, targets_of(task, labels, num_classes).bool())
+    if task == "multi_label":  # classes without a positive clip are left out
+        target = make_targets(task, labels, num_classes).bool()
+        classes = target.any(0).nonzero().flatten().tolist()
+        total = sum(average_precision(logits[:, c], target[:, c]) for c in classes)
+        return {"mAP": total / max(1, len(classes))}
 
-    if task == "epic":
+    if task == "verb_noun":
         heads = logits.split(num_classes, -1)
-        verb, noun = (hit(x, labels[:, i]) for i, x in enumerate(heads))
-        found = {"action": verb & noun, "verb": verb, "noun": noun}
-    elif task == "ave":
-        found = {"segment accuracy": hit(logits, labels)}
+        verb, noun = (correct(x, labels[:, i]) for i, x in enumerate(heads))
+        values = {"action": verb & noun, "verb": verb, "noun": noun}
+    elif task == "segments":
+        values = {"segment accuracy": correct(logits, labels)}
     else:
-        found = {f"top-{k}": hit(logits, labels[:, 0], k) for k in (1, 5)}
-
-    return {name: x.double().mean().item() for name, x in found.items()}
-
-
-def ranking_metrics(logits, target):
-    """Of several labels a clip, (N, C) and (N, C) bool; classes without positives are left out."""
-    counts = target.sum(0)
-    some = [c for c in range(len(counts)) if counts[c]]
-    usable = [c for c in some if counts[c] < len(target)]
-
-    total = sum(average_precision(logits[:, c], target[:, c]) for c in some)
-    auc = sum(roc_auc(logits[:, c], target[:, c]) for c in usable) / max(1, len(usable))
-    d_prime = math.sqrt(2) * torch.special.ndtri(torch.tensor(auc, dtype=torch.float64)).item()
-    return {"mAP": total / max(1, len(some)), "AUC": auc, "d-prime": d_prime}
+        values = {f"top-{k}": correct(logits, labels[:, 0], k) for k in (1, 5)}
+    return {name: x.double().mean().item() for name, x in values.items()}
 
 
 # ---------------------------------------------------------------------------------------------
-# The model: from a finetuned checkpoint, from pretrained ones, or from scratch
+# The model: finetuned, from pretrained checkpoints, or from scratch
 
 
-def load_classifier(path, run, num_classes=(), names=()):
-    """A finetuned model, how its labels are meant and their names; of a foreign one, a guess and
-    numbers. UserError if it is none, or knows other classes than are given."""
-    saved, model = avmae.load_checkpoint(path, **FOREIGN), run.load_model(path)
-    avmae.require(
+def load_classifier(path):
+    """Return a finetuned model, its task and its class names, () if they are unknown.
+
+    Raises UserError for a pretrained model.
+    """
+    model, saved = avmae.load_model(path), avmae.load_checkpoint(path)
+    avmae.check(
         isinstance(model, avmae.Classifier),
-        f"{path} is a pretrained model and knows no labels: finetune it with --init")
+        f"{path} is a pretrained model without classes: finetune it with --init")
 
-    known = model.config.num_classes
-    avmae.require(
-        not num_classes or sum(known) == sum(num_classes),
-        f"{path} tells {sum(known)} classes apart, these clips have {sum(num_classes)}")
-    avmae.require(
-        not names or json.dumps(saved.get("names", names)) == json.dumps(names),
-        f"{path} knows other classes than these clips have")
-
-    numbers = [[str(i) for i in range(count)] for count in known]
-    guess = "epic" if len(known) > 1 else "many" if known == (527,) else "single"
-    task = saved.get("task", guess)
-    return model, task, saved.get("names", numbers if task == "epic" else numbers[0])
+    counts = model.config.num_classes  # converted weights have neither task nor names
+    guess = "multi_label" if counts == (527,) else "single_label"
+    guess = "verb_noun" if len(counts) > 1 else guess
+    return model, saved.get("task", guess), saved.get("names", ())
 
 
 def make_classifier(args, run, task, num_classes):
-    """A new model, with what --init gives it."""
-    sources = []  # (the streams that a checkpoint is for, its path, its model)
+    """Return a new model, initialized from the checkpoints of --init."""
+    sources = []  # (streams that a checkpoint initializes, its path, its model)
     for given in args.init:
-        named = "=" in given and not os.path.exists(given)  # a path may have one, too
+        named = "=" in given and not os.path.exists(given)
         stream, path = given.split("=", 1) if named else (None, given)
 
-        source = run.load_model(path)
-        avmae.require(
+        source = avmae.load_model(path)
+        avmae.check(
             isinstance(source, avmae.AVMAE),
             f"{path} is a finetuned model: --init takes pretrained ones")
         own = [m for m in source.config.modalities if m in args.modalities]
         sources.append(([stream] if stream else own if len(args.init) > 1 else None, path, source))
 
-    model = avmae.Classifier(config_of(args, num_classes, task, [x for *_, x in sources]))
-    fresh = dict(model.named_parameters())
-    for streams, path, source in sources:
-        taken, rest = avmae.transfer(source, model, streams)
-        fresh = {name: fresh[name] for name in rest if name in fresh}
-        run.print(f"{path}: taken: {', '.join(taken)}")
+        there = avmae.load_checkpoint(path).get("settings", {})
+        notes = differences(there, vars(args), train_pretrain.CLIP_SETTINGS)
+        run.print(f"{path}: {'; '.join(notes) or 'the same clip settings'}")
 
-    run.print(f"fresh   {', '.join(fresh) if sources else 'everything'}")
+    model = avmae.Classifier(make_config(args, num_classes, task, [x for *_, x in sources]))
+    new = dict(model.named_parameters())
+    for streams, path, source in sources:
+        copied, initialized = avmae.transfer(source, model, streams)
+        new = {name: new[name] for name in initialized if name in new}
+        run.print(f"{path}: copied {', '.join(copied)}")
+    run.print(f"new     {', '.join(new) if sources else 'all parameters'}")
+
     if args.model == "probe":
         model.patch_embed.requires_grad_(False)
-        model.trunk.requires_grad_(False)
+        model.encoder.requires_grad_(False)
     return model
 
 
 # ---------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation, prediction, features
 
 
 def predict(model, inputs, views):
-    """Mean logits over modalities and views; inputs {m: (B, views, ...)}, {m: (B, ...)} if one."""
+    """Return logits averaged over modalities and views; inputs {m: (B, [views,] ...)}."""
     if views > 1:
         inputs = {m: x.flatten(0, 1) for m, x in inputs.items()}
     logits = torch.stack(list(model(inputs).values())).float().mean(0)
@@ -358,224 +355,255 @@ def predict(model, inputs, views):
 
 
 @torch.no_grad()
-def collect(clips, run, function):
-    """What a function of inputs {m: (B, ...)} says, {name: (B, ...)}, of all clips that can be
-    read, in order and on every process -> {name: (N, ...)}, with "index" and "label"; and how many
-    clips cannot. UserError if none can."""
-    loader, rows = run.load(clips), []
+def run_on_all(clips, run, function):
+    """Apply a function to every batch and gather the results on all ranks, in data set order.
 
+    function: inputs {m: (B, ...)} -> {name: (B, ...)}. Returns {name: (N, ...)} with "index" and
+    "label", and {name of an unreadable clip: reason}. A signal ends it early with (None, {}).
+    Raises UserError if no clip can be read.
+    """
+    loader, rows = run.make_loader(clips), []
     for batch in loader:
+        if run.signals:
+            break
         with run.autocast:
-            found = function({m: batch[m] for m in run.args.modalities})
-        found |= {name: batch[name] for name in ("index", "label")}
-        rows.append({name: x.cpu() for name, x in found.items()})
+            result = function({m: batch[m] for m in clips.modalities})
+        result |= {name: batch[name] for name in ("index", "label")}
+        rows.append({name: x.cpu().clone() for name, x in result.items()})  # frees shared memory
 
+    if run.stop_requested():
+        return None, {}
     rows, bad = zip(*run.gather((rows, loader.bad)))
-    rows, bad = sum(rows, []), set().union(*bad)
-    avmae.require(rows, "none of the clips can be read")
-    found = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    order = found["index"].argsort()
-    return {name: x[order] for name, x in found.items()}, len(bad)
+    rows, bad = sum(rows, []), {k: v for x in bad for k, v in x.items()}
+    first = ": ".join(next(iter(bad.items()), ()))
+    avmae.check(rows, f"no clip can be read; the first: {first}")
 
-
-def test_all(model, clips, run, task, names):
-    """Metrics of all test clips, printed and in results.json, and predictions.csv -> metrics."""
-    model.eval()
-    found, unreadable = collect(
-        clips, run, lambda inputs: {"logits": predict(model, inputs, run.args.views)})
-    model.train()
-
-    index, logits, num_classes = found["index"].tolist(), found["logits"], model.config.num_classes
-    metrics = metrics_of(task, logits, found["label"], num_classes)
-    figures = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-    run.print(f"{figures} of {len(index)} clips, {unreadable} unreadable")
-
-    run.write("results.json", {
-        "metrics": metrics, "clips": len(index), "unreadable": unreadable,
-        "settings": vars(run.args)})
-    if run.rank == 0:
-        with open(run.out / "predictions.csv", "w", newline="") as file:
-            for i, x in zip(index, logits):
-                pairs = sum(top_labels(x, task, num_classes, names), [])
-                csv.writer(file).writerow([clips.name(i), *(cell for p in pairs for cell in p)])
-
-    return metrics
+    results = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    order = results["index"].argsort()
+    return {name: x[order] for name, x in results.items()}, bad
 
 
 def top_labels(logits, task, num_classes, names, top=5):
-    """The labels of one clip, best first: [(name, score)] of each head; for ave, of each second."""
+    """Return the best labels of a clip: [(name, score)] per head or, for "segments", per second."""
     heads = logits.split(num_classes, -1) if logits.ndim == 1 else logits  # (C,) each, or (10, C)
-
     tops = []
-    for head, labels in zip(heads, names if task == "epic" else [names] * len(heads)):
-        scores = head.sigmoid() if task == "many" else head.softmax(-1)
+    for head, labels in zip(heads, names if task == "verb_noun" else [names] * len(heads)):
+        scores = head.sigmoid() if task == "multi_label" else head.softmax(-1)
         best = scores.topk(min(top, len(scores)))
         tops.append([(labels[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist())])
     return tops
 
 
-@torch.no_grad()
-def predict_file(model, run, task, names):
-    """Prints the labels of the file --predict; by its picture alone where it has no sound."""
-    args = run.args
+def evaluate(model, clips, run, task, names):
+    """Test all clips; print metrics, write results.json and predictions.csv; return the metrics.
 
-    def read(modalities):
-        clips = data.find_clips(args.predict, modalities)
-        return data.Clips(clips, window_of(args), modalities, views=args.views)[0, 0, 0]
+    A signal ends it early with None.
+    """
+    model.eval()
+    results, bad = run_on_all(
+        clips, run, lambda inputs: {"logits": predict(model, inputs, run.args.views)})
+    model.train()
+    if results is None:
+        return None
 
-    clip = read(args.modalities)
-    silent = "audio" in clip and bool((clip["audio"] <= math.log(2 * data.MEL_OFFSET)).all())
-    if (clip["bad"] or silent) and len(args.modalities) == 2:
-        why = clip["bad"][0][1] if clip["bad"] else "silent"
-        clip = read(("video",))
-        if not clip["bad"]:
-            run.print(f"{args.predict}: {why}; the picture alone is used")
+    num_classes, index = model.config.num_classes, results["index"].tolist()
+    metrics = compute_metrics(task, results["logits"], results["label"], num_classes)
+    values = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+    run.print(f"test    {values} of {len(index)} clips, {len(bad)} unreadable")
 
-    if clip["bad"]:
-        raise avmae.UserError(f"{args.predict}: {clip['bad'][0][1]}")
-
-    inputs = {m: clip[m][None].to(run.device) for m in args.modalities if m in clip}
-    with run.autocast:
-        logits = predict(model.to(run.device).eval(), inputs, args.views)[0].cpu()
-    for top in top_labels(logits, task, model.config.num_classes, names):
-        run.print("  ".join(f"{name} {score:.3f}" for name, score in top))
-
-
-def embed(model, run):
-    """Writes an npz: names (N,), and of each modality the pooled features (N, D) of all clips."""
-    args, model = run.args, model.to(run.device)
-    clips = data.Clips(
-        data.find_clips(args.data, args.modalities), window_of(args), args.modalities)
-    found, _ = collect(
-        clips, run, lambda inputs: {m: x.float() for m, x in model.features(inputs).items()})
-
+    run.write_json("results.json", {
+        "metrics": metrics, "clips": len(index), "unreadable": len(bad),
+        "settings": vars(run.args)})
     if run.rank == 0:
-        names = [clips.name(i) for i in found["index"].tolist()]
-        features = {m: x.numpy() for m, x in found.items() if m in args.modalities}
-        np.savez(args.embed, names=names, **features)
-    run.print(f"wrote {args.embed}")
+        with open(run.out / "predictions.csv", "w", newline="", **data.UTF8) as file:
+            for i, x in zip(index, results["logits"]):
+                pairs = sum(top_labels(x, task, num_classes, names), [])
+                csv.writer(file).writerow([clips.name(i), *(cell for p in pairs for cell in p)])
+    return metrics
+
+
+@torch.no_grad()
+def print_predictions(model, run, task, names):
+    """Print the labels of each file of --predict; one without sound is classified by its video.
+
+    Raises UserError if no file can be read.
+    """
+    args, num_classes, num_read = run.args, model.config.num_classes, 0
+    numbers = [tuple(map(str, range(count))) for count in num_classes]
+    names = names or (numbers if task == "verb_noun" else numbers[0])
+    index = data.find_clips(args.predict, args.modalities)
+
+    for i in range(len(index)):
+        for modalities in dict.fromkeys((args.modalities, args.modalities[:1])):
+            clips = data.Clips(index, make_window(args), modalities, views=args.views)
+            clip = clips[0, i, 0]
+            if not clip["bad"]:
+                break
+            run.print(f"{clips.name(i)}: {clip['bad'][0][1]}")
+        else:
+            continue
+
+        num_read += 1
+        with run.autocast:
+            inputs = {m: clip[m][None].to(run.device) for m in modalities}
+            logits = predict(model, inputs, args.views)[0].cpu()
+        if modalities != args.modalities:
+            run.print("its video alone is used")
+        for top in top_labels(logits, task, num_classes, names):
+            run.print("  ".join([clips.name(i), *(f"{name} {score:.3f}" for name, score in top)]))
+    avmae.check(num_read, f"no file of {args.predict} can be read ({len(index)} tried)")
+
+
+def write_features(model, run):
+    """Write an npz: names (N,) and the pooled features (N, [views,] D) of each modality."""
+    args = run.args
+    index = data.open_index(args.data, args.clips, args.modalities, args.split)
+    clips = data.Clips(index, make_window(args), args.modalities, views=args.views)
+
+    def features(inputs):
+        inputs = {m: x.flatten(0, 1) if args.views > 1 else x for m, x in inputs.items()}
+        pooled = {m: x.float() for m, x in model.features(inputs).items()}
+        return {m: x.unflatten(0, (-1, args.views)).mean(1) for m, x in pooled.items()}
+
+    results, _ = run_on_all(clips, run, features)
+    if run.rank == 0:
+        names = [clips.name(i) for i in results["index"].tolist()]
+        np.savez(args.embed, names=names, **{m: results[m].numpy() for m in args.modalities})
+    run.print(f"wrote the features of {len(results['index'])} clips to {args.embed}")
 
 
 if __name__ == "__main__":
-    sys.excepthook = train_pretrain.one_sentence
+    data.setup_script(train_pretrain.excepthook)
     args = parse_args()
     run = Run(args)
 
-    if args.embed:
-        embed(run.load_model(args.eval), run)
-        run.end()
-    if args.predict:
-        model, task, names = load_classifier(args.eval, run)
-        predict_file(model, run, task, names)
-        run.end()
+    if args.embed or args.predict:
+        run.open_folder()
+        if args.embed:
+            write_features(avmae.load_model(args.eval).to(run.device), run)
+        if args.predict:
+            model, task, names = load_classifier(args.eval)
+            print_predictions(model.to(run.device), run, task, names)
+        run.shutdown()
+        sys.exit()
 
-    # -----------------------------------------------------------------------------------------
-    # Clips, model, and what is going to happen
+    # ---- Clips and model
 
     torch.manual_seed(args.seed)
-    # task: labels are "single", "many", "epic" (verb and noun) or "ave" (one a second).
-    train, test, task, names = clips_of(args)
-    num_classes = (97, 300) if task == "epic" else (len(names),)  # 97 verbs, 300 nouns
-    if args.eval:
-        model, *_ = load_classifier(args.eval, run, num_classes, names)
-    else:
-        # Weights of --init, the rest and a new head at random; of a probe the head alone trains.
-        model = make_classifier(args, run, task, num_classes)
+    model, _, names = load_classifier(args.eval) if args.eval else (None, None, ())
+    with run.quiet_ranks():
+        # task: "single_label", "multi_label", "verb_noun" (EPIC) or "segments" (AVE)
+        train, test, task, names = make_datasets(args, names)
+    num_classes = tuple(map(len, names)) if task == "verb_noun" else (len(names),)
+    model = model or make_classifier(args, run, task, num_classes)
+    avmae.check(
+        model.config.num_classes == num_classes,
+        f"{args.eval} has {model.config.num_classes} classes, these clips have {num_classes}")
 
-    steps_per_epoch = max(1, len(train) // args.batch)
-    steps = 0 if args.eval else args.epochs * steps_per_epoch  # an evaluation is a run of no steps
-    run.say(model, train, test, steps, steps_per_epoch)  # with --dry-run, the end
+    steps = 0 if args.eval else num_steps(args.epochs, len(train), args.batch)
+    warmup = round(args.warmup * len(train) / args.batch)  # steps
+    run.print_summary(model, train, test, steps)
+    if args.data:
+        run.print(f"labels  {data.describe_classes(train.index)}")
+    if args.dry_run:
+        run.print(json.dumps(vars(args), indent=1))
+        sys.exit()
 
-    # -----------------------------------------------------------------------------------------
-    # Optimizer, and where we are
+    # ---- Optimizer and resume
 
+    run.open_folder()
     model.to(run.device)
-    # SGD with momentum, no weight decay. A group's rate is the schedule's times its "scale":
-    # layer_decay^(L - i) for block i = 0 ... L - 1, less for the patch embeddings, 1 for the head.
-    optimizer = make_optimizer(model, args)
-    saved = run.resume(model, optimizer)
+    optimizer = make_optimizer(model, args.layer_decay)
+    saved = run.resume(model, optimizer, len(train), names)
     start, best = saved["step"], saved.get("best", -1.0)
 
-    net = run.wrap(model)  # the same model; compiled if asked for, in DDP if not alone
-    # Batches as in pretraining; --augment is applied to a file's window as it is read.
-    loader = run.load(train, steps=range(start, steps))
-    log = Log(run, train, loader, ["loss"], start, steps, steps_per_epoch)
+    net = run.wrap_model(model)
+    loader = run.make_loader(train, steps=range(start, steps))
+    log = Log(run, loader, ["loss"], start, steps)
 
-    warmup = args.warmup * steps_per_epoch
-    # --lr is meant for the preset's batch; for another it is scaled.
-    preset_batch = PRESETS[args.preset].get("batch", RECIPE["batch"][0])
-    peak = args.lr * args.batch / preset_batch
+    # --lr belongs to the preset's batch size and scales linearly.
+    peak = args.lr * args.batch / PRESETS[args.preset].get("batch", 64)
     audio, video, both = args.mixup
     alpha = {("audio",): audio, ("video",): video}.get(args.modalities, both)
+    loss_type = "sigmoid" if task == "multi_label" else "softmax"
+    heads = num_classes if task == "verb_noun" else None
+    eval_interval = num_steps(args.eval_every, len(train), args.batch)
+    run.catch_signals()
 
-    kind = "sigmoid" if task == "many" else "softmax"
-    heads = num_classes if task == "epic" else None  # a softmax over verbs, one over nouns
+    def evaluate_and_log(step, best):
+        """Test the model; keep it in best.pt if it is the best so far. Return the best metric.
 
-    def look(best):
-        """Tests; keeps the model in best.pt if it is the best so far -> the best.
-
-        There is no third split: best.pt is chosen on the test clips. results.json, which `test_all`
-        writes, stays that of the last model.
+        best.pt is chosen on the test clips, as in the paper there is no third split.
         """
-        metrics = test_all(model, test, run, task, names)
-        metric = next(iter(metrics.values()))  # the main one
-        log.write({"step": log.done, "held_out": metrics})
+        metrics = evaluate(model, test, run, task, names)
+        if metrics is None:  # stopped by a signal
+            return best
+        log.write({"step": step, "val": metrics})
 
+        metric = next(iter(metrics.values()))
         if metric > best and not args.eval:
-            run.save(model, "best.pt", step=log.done, metrics=metrics, task=task, names=names)
+            run.save(model, "best.pt", step=step, metrics=metrics, task=task, names=names)
         return max(best, metric)
 
-    # -----------------------------------------------------------------------------------------
-    # The loop
+    # ---- Training loop
 
-    batches = iter(loader)  # on the device, a micro-batch of this process at a time
-    count = len(run.micro_batches)
-    bar = tqdm(range(start, steps), initial=start, total=steps, disable=run.rank > 0 or None)
+    batches, done, stop = iter(loader), start, False
+    progress = tqdm(range(start, steps), initial=start, total=steps, disable=run.rank > 0 or None)
 
-    for step in bar:
+    for step in progress:
         total, index = 0, []
 
-        # Gradient accumulation: the micro-batches are slices of the global batch.
-        for rows in run.micro_batches:
+        for k, rows in enumerate(run.micro_batches):  # gradient accumulation
             batch = next(batches)  # {video: (b, T, H, W, 3) bytes, audio: (b, T, F), label: (b, K)}
             inputs = {m: batch[m] for m in model.config.modalities}
-            target = targets_of(task, batch["label"], num_classes)  # (b, C), for AVE (b, 10, C)
+            target = make_targets(task, batch["label"], num_classes)  # (b, C); AVE: (b, 10, C)
             index.append(batch["index"])
 
-            # Mixup (alpha 0: none): clip k with clip b-1-k of the micro-batch, by one weight for
-            # each modality, from Beta(alpha, alpha); labels by the same, so they are {m: (b, C)}.
-            part = rows.start // run.micro  # which micro-batch of the step, over all processes
-            inputs, labels = mixed(inputs, target, alpha, args.seed, step, part)
+            # Mixup and DropPath depend on (seed, step, number of the micro-batch over all ranks).
+            micro_index = run.rank * len(run.micro_batches) + k
+            inputs, targets = apply_mixup(inputs, target, alpha, (args.seed, step, micro_index))
+            torch.manual_seed((args.seed * 1_000_003 + step) * args.batch + micro_index)
 
-            # What DropPath draws depends on (seed, step, part): a resumed run draws the same.
-            torch.manual_seed((args.seed * 1_000_003 + step) * args.batch + part)
-            net.require_backward_grad_sync = rows == run.micro_batches[-1]  # when DDP averages
+            net.require_backward_grad_sync = rows == run.micro_batches[-1]  # DDP: once per step
             with run.autocast:
                 logits = net(inputs)  # {m: (b, C)}
+            loss = classification_loss(logits, targets, loss_type, args.smoothing, heads)
+            (loss / len(run.micro_batches)).backward()
+            total = total + loss.detach() / len(run.micro_batches)
 
-            # Cross-entropy with smoothed labels, averaged over modalities.
-            loss = classification_loss(logits, labels, kind, args.smoothing, heads)
-            (loss / count).backward()
-            total = total + loss.detach() / count
-
-        rate = learning_rate(step, peak, warmup, steps)  # linear warm-up, then a cosine to 0
+        lr = learning_rate(step, peak, warmup, steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * rate
+            group["lr"] = group["scale"] * lr
+
+        # A fused optimizer skips the step if `found_inf` is 1; an `if` would wait for the GPU.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-        optimizer.found_inf = (~norm.isfinite()).float()  # skips it, as in pretraining
+        optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        log.note(step, total[None], norm, torch.cat(index))
-        if log.done % args.log_every == 0 or log.done == steps:
-            log.report(rate)
-            if log.passed_epochs(args.eval_every):
-                best = look(best)
-            log.save(model, optimizer, best=best, task=task, names=names)
+        log.record(step, total[None], norm, torch.cat(index))
+        done = step + 1
+        stop = run.stop_requested()  # a signal on any rank
+        if stop or done == steps or done % args.log_every == 0:
+            log.check_health(log.log_metrics(lr, done * args.batch / len(train)))
+        if done % eval_interval == 0 and done < steps and not stop:
+            best = evaluate_and_log(done, best)
+        if stop or done == steps or run.save_is_due():
+            run.save(
+                model, "last.pt", optimizer=optimizer.state_dict(), step=done, best=best,
+                task=task, names=names, num_clips=len(train))
+        if stop:
+            break
+        log.restart_clock()
 
-    # -----------------------------------------------------------------------------------------
-    # How well it classifies: a finished run, and one of no steps (--eval)
+    # ---- Results: of a finished run, or of --eval
 
-    look(best)
-    log.curves()
-    run.end()
+    if not stop:
+        evaluate_and_log(done, best)
+        stop = run.stop_requested()
+    if stop:
+        run.print(f"stopped at step {done} of {steps}; the same command continues")
+    else:
+        log.save_curves()
+    run.shutdown()
+    sys.exit(int(stop))

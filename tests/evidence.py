@@ -1,13 +1,13 @@
-"""Asks the paper's questions on the built-in clips: python tests/evidence.py [--jobs N]
+"""Ask the paper's questions on the built-in clips: python tests/evidence.py [--jobs N]
 
 A question compares two ways to train a classifier, with the same seeds, labeled clips and test
 clips on both sides. Each pretrained model is finetuned several times (other labeled clips, order
-and test clips); the interval of a difference is a t-interval over the pretraining seeds, of the
+and test clips). The interval of a difference is a t-interval over the pretraining seeds, of the
 mean over these draws.
 
-Every run is a command of the two scripts, on one thread; --jobs says how many run at once. What is
-done is not repeated, what was stopped goes on. The answers so far are in assets/results.json, from
-which assets/results.md is made. All of it takes some six hours of one core, the first nine
+Every run is a command of the two scripts, on one thread; --jobs is the number of runs at once.
+Finished runs are not repeated, stopped ones are resumed. The answers are in assets/results.json,
+from which assets/results.md is made. All runs take some six hours of one core, the first nine
 questions less than four.
 """
 
@@ -19,29 +19,27 @@ import os
 import pathlib
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 
-import numpy as np
 import torch
-from PIL import Image
+from matplotlib.figure import Figure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_pretrain  # noqa: E402
 
-SEEDS = (6, 7, 8, 9, 10)  # of pretraining; the world and the recipes were chosen on others
+SEEDS = (6, 7, 8, 9, 10)  # of pretraining; the clips and the recipes were chosen on other seeds
 STUDENT = {  # t, two-sided 95 %, by number of seeds
     2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-SIMILAR = 3.0  # % in which the whole interval must lie to confirm the paper's "similar"
-TINY = {  # for a check of this file in minutes
-    "train_pretrain.py": ["--clips", "32", "--epochs", "1", "--batch", "16"],
+SIMILAR = 3.0  # points; an interval within +- this confirms the paper's "similar"
+TINY = {  # flags of --tiny, to check this file in minutes
+    "train_pretrain.py": ["--num-clips", "32", "--epochs", "1", "--batch", "16"],
     "train_finetune.py": ["--per-class", "2", "--epochs", "1", "--test-clips", "64"]}
 
-# By the demo's recipes (seeds 1 to 5, 20 epochs, 40 labels a class) draws of a paired difference
-# spread by 7 points, too many to tell Tables 2 and 10, and 3 on audio.
+# With the demo's recipes (seeds 1 to 5, 20 epochs, 40 labels per class), draws of a paired
+# difference spread by 7 points, too much for Tables 2 and 10, and by 3 on audio.
 STEPS = "--batch 8 --lr 6.4e-2"
 LABELS = ["--per-class", "80", "--epochs", "15"]
 MODELS = {  # name: flags of train_pretrain.py
@@ -51,14 +49,14 @@ MODELS = {  # name: flags of train_pretrain.py
     "4-epochs": f"{STEPS} --epochs 4",
     "half": f"{STEPS} --epochs 32 --fraction 0.5",
     "inpainting": "--epochs 16 --encoder early --objective inpaint_both --mask-audio 0.95 "
-    "--mask-video 0.7 --batch 16 --lr 3.2e-2",  # of the picture: hardly any sound is visible
+    "--mask-video 0.7 --batch 16 --lr 3.2e-2",  # for the picture: hardly any audio is visible
 }
 MODELS |= {e: f"{STEPS} --epochs 16 --encoder {e}" for e in ("early", "separate", "shared")}
 OBJECTIVES = ("inpaint_both", "video_from_audio", "audio_from_video")
 MODELS |= {o: f"{STEPS} --epochs 16 --encoder early --objective {o}" for o in OBJECTIVES}
 
 BOTH, AUDIO, VIDEO, PROBE = "video audio", "audio", "video", "video audio probe"
-QUESTIONS = {  # question: [(a side, the other, what the paper found)]; a side: (model, inputs)
+QUESTIONS = {  # question: [(side, other side, result of the paper)]; a side is (model, inputs)
     "Does pretraining help? (Table 9)": [
         (("mid", BOTH), ("scratch", BOTH), "64.2 > 51.0")],
     "Is it better to pretrain on both than on one? (Table 3)": [
@@ -88,29 +86,26 @@ QUESTIONS = {  # question: [(a side, the other, what the paper found)]; a side: 
         (("early", BOTH), (o, BOTH), ">") for o in OBJECTIVES[1:]],
 }
 
-
-# ------------------------------------------------------------------------------------------- runs
-
-
-def sides_of(comparisons):
+def list_sides(comparisons):
+    """Return the distinct sides of comparisons, in order."""
     return list(dict.fromkeys(side for *both, _ in comparisons for side in both))
 
 
-def sources_of(model):
-    """The pretrained models that a side starts from: none, one, or one for each modality."""
+def list_sources(model):
+    """Return the pretrained models of a side: none, one, or one per modality."""
     return [] if model == "scratch" else model.split(" + ")
 
 
-def draw_of(side, seed, draw):
-    """The name of a finetuning run."""
+def run_name(side, seed, draw):
+    """Return the name of a finetuning run."""
     return f"{' on '.join(side)}/{seed}-{draw}".replace(" ", "_")
 
 
-def finetuning(side, seed, draw, runs):
-    """A command; a side's inputs say on which modalities, and whether the encoder is frozen."""
+def finetune_command(side, seed, draw, runs):
+    """Return the command of a finetuning run; "probe" in a side's inputs freezes the encoder."""
     (model, inputs), init = side, []
     if model != "scratch":
-        init = ["--init", *(f"{runs}/{name}/{seed}/last.pt" for name in sources_of(model))]
+        init = ["--init", *(f"{runs}/{name}/{seed}/last.pt" for name in list_sources(model))]
     inputs = inputs.replace(" probe", " --model probe").split()
 
     return [
@@ -118,8 +113,8 @@ def finetuning(side, seed, draw, runs):
         "--seed", f"{10 * seed + draw}"]
 
 
-def plan_of(args):
-    """{run: command} in the order of the questions; what a run needs comes before it."""
+def make_plan(args):
+    """Return {run: command} in the order of the questions, pretraining before finetuning."""
     plan = {}
 
     def pretrain(models, seeds=args.seeds):
@@ -127,17 +122,17 @@ def plan_of(args):
             flags = MODELS[model].split()
             plan[f"{model}/{seed}"] = ["train_pretrain.py", *flags, "--seed", f"{seed}"]
 
-    for sides in map(sides_of, QUESTIONS.values()):
-        pretrain(name for model, _ in sides for name in sources_of(model))
+    for sides in map(list_sides, QUESTIONS.values()):
+        pretrain(name for model, _ in sides for name in list_sources(model))
         for which in itertools.product(sides, args.seeds, args.draws):
-            plan[draw_of(*which)] = finetuning(*which, args.out)
+            plan[run_name(*which)] = finetune_command(*which, args.out)
 
-    pretrain(["inpainting"], [1])  # for its picture
+    pretrain(["inpainting"], [1])
     return {name: x + (TINY[x[0]] if args.tiny else []) for name, x in plan.items()}
 
 
 def run(out, command, needed):
-    """Runs a command when the runs that it needs (futures) are done, unless its results exist."""
+    """Run a command after the runs it depends on (futures), unless its results exist."""
     for job in needed:
         job.result()
     if (out / "seconds.txt").exists():
@@ -145,25 +140,21 @@ def run(out, command, needed):
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
 
-    with open(out / "said.txt", "a") as said:
+    with open(out / "output.txt", "a") as output:
         done = subprocess.run(
-            [sys.executable, *command, "--device", "cpu", "--out", str(out)], stdout=said,
-            stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            [sys.executable, *command, "--device", "cpu", "--out", str(out)], stdout=output,
+            stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise RuntimeError(f"a run ended with status {done.returncode}: see {out / 'said.txt'}")
+        raise RuntimeError(f"a run failed with status {done.returncode}: see {out / 'output.txt'}")
 
     for checkpoint in out.glob("*.pt") if command[0] == "train_finetune.py" else ():
-        checkpoint.unlink()  # of some hundred runs, and not needed any more
+        checkpoint.unlink()  # no other run needs it
     (out / "seconds.txt").write_text(f"{time.monotonic() - start:.0f}")
 
-
-# ---------------------------------------------------------------------------------------- answers
-
-
 def compare(a, b, paper, top1):
-    """A comparison as a dict: means, difference with its 95 % interval, in %, and a verdict.
+    """Return means, their difference with its 95 % interval, in %, and a verdict, as a dict.
 
-    top1(side) are the means over the draws, of each pretraining seed.
+    top1: a function of a side that returns the mean over draws of each pretraining seed.
     """
     means = top1(a), top1(b)
     gains = [x - y for x, y in zip(*means)]
@@ -180,24 +171,24 @@ def compare(a, b, paper, top1):
         "verdict": "agrees" if agrees else "disagrees" if disagrees else "cannot tell"}
 
 
-def answers_of(runs, seeds, draws):
-    """{question: its comparisons} of the questions whose runs are all done."""
+def compute_answers(runs, seeds, draws):
+    """Return {question: its comparisons} for the questions whose runs are all done."""
 
     def top1(side):
-        names = [[draw_of(side, seed, draw) for draw in draws] for seed in seeds]
-        return [100 * statistics.mean(runs[n]["figures"]["top-1"] for n in some) for some in names]
+        names = [[run_name(side, seed, draw) for draw in draws] for seed in seeds]
+        return [100 * statistics.mean(runs[n]["figures"]["top-1"] for n in x) for x in names]
 
     answers = {}
     for question, comparisons in QUESTIONS.items():
-        needed = itertools.product(sides_of(comparisons), seeds, draws)
-        if all(draw_of(*which) in runs for which in needed):
+        needed = itertools.product(list_sides(comparisons), seeds, draws)
+        if all(run_name(*which) in runs for which in needed):
             answers[question] = [compare(*x, top1) for x in comparisons]
 
     return answers
 
 
 def collect(args, plan):
-    """Writes the answers so far, and a line for each run that is done, to results.json."""
+    """Write the answers so far, and a line for each finished run, to results.json."""
     runs, settings = {}, {}
 
     for name, command in plan.items():
@@ -206,7 +197,7 @@ def collect(args, plan):
             x = json.loads((folder / "results.json").read_text())
             runs[name] = {
                 "command": shlex.join(["python", *command]),
-                "figures": x.get("metrics", x.get("held_out")),
+                "figures": x.get("metrics", x.get("val")),
                 "seconds": int((folder / "seconds.txt").read_text())}
             settings[command[0]] = {
                 k: v for k, v in x["settings"].items() if k not in ("out", "init", "seed")}
@@ -215,14 +206,14 @@ def collect(args, plan):
         "torch": torch.__version__, "python": platform.python_version(),
         "processor": f"{os.cpu_count()} x {platform.machine()}, a run has one thread",
         "seeds": args.seeds, "draws": args.draws, "settings": settings,
-        "answers": answers_of(runs, args.seeds, args.draws)}
+        "answers": compute_answers(runs, args.seeds, args.draws)}
     text = json.dumps(about, indent=1).removesuffix("\n}") + ',\n "runs": {\n'
     text += ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in runs.items())
     (args.assets / "results.json").write_text(f"{text}\n }}\n}}\n")
 
 
 def report(assets):
-    """Makes results.md of results.json: a table, and a sentence for each question."""
+    """Write results.md from results.json: a table, and a sentence per question."""
     answers = json.loads((assets / "results.json").read_text())["answers"]
     table = ["| | top-1, % | difference, 95 % interval | the paper | |", "|---|---|---|---|---|"]
     sentences = []
@@ -243,38 +234,36 @@ def report(assets):
     (assets / "results.md").write_text("\n".join([*table, "", *sentences]) + "\n")
 
 
-def pictures(args):
-    """Puts the last pictures of two runs side by side, video and audio; draws learning curves."""
-    seed = args.seeds[len(args.seeds) // 2]  # of whose first two clips both show a thing
+def save_figures(args):
+    """Copy the last pictures of two runs, and draw the training losses of two objectives."""
+    seed = args.seeds[len(args.seeds) // 2]
     for name, model in ("reconstruction", f"mid/{seed}"), ("inpainting", "inpainting/1"):
-        folder = args.out / model / "pictures"
-        last = sorted(folder.glob("*.png"))[-2:]
-        audio, video = (np.asarray(Image.open(path)) for path in last)  # (H, W, 3)
+        last = max((args.out / model / "pictures").glob("*.png"))
+        shutil.copy(last, args.assets / f"{name}.png")
 
-        rows = len(video) // 2 + 1  # of two of the four clips
-        gap = np.full((rows, 16, 3), 255, np.uint8)
-        picture = np.concatenate([video[:rows], gap, audio[:rows]], axis=1)
-        Image.fromarray(picture).save(args.assets / f"{name}.png")
-
-    curves = {}
+    ax = Figure(figsize=(7, 3), layout="constrained").subplots()
     for name, model in ("joint", "early"), ("inpaint_both", "inpaint_both"):
         lines = (args.out / f"{model}/{seed}/log.jsonl").read_text().splitlines()
-        curves[name] = [(x["step"], x["loss"]) for x in map(json.loads, lines) if "loss" in x]
-    train_pretrain.draw_curves(curves, args.assets / "curves.svg", "loss of two objectives")
+        lines = [x for x in map(json.loads, lines) if "loss" in x]
+        ax.plot([x["step"] for x in lines], [x["loss"] for x in lines], label=name)
+
+    ax.set(title="training loss of two objectives", xlabel="step", ylabel="loss", ylim=(0, None))
+    ax.legend()
+    ax.figure.savefig(args.assets / "curves.png", dpi=120)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of pretraining")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="pretraining seeds")
     parser.add_argument("--draws", type=int, nargs="+", default=(1, 2), help="of finetuning")
-    parser.add_argument("--tiny", action="store_true", help="few clips, below runs/tiny alone")
+    parser.add_argument("--tiny", action="store_true", help="few clips; write to runs/tiny only")
     args = parser.parse_args()
 
     os.chdir(ROOT)
     args.out = pathlib.Path("runs", "tiny" if args.tiny else "evidence")
     args.assets = args.out if args.tiny else pathlib.Path("assets")
-    plan, jobs = plan_of(args), {}
+    plan, jobs = make_plan(args), {}
 
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
     for name, command in plan.items():
@@ -288,7 +277,7 @@ def main():
             print(f"{k} of {len(plan)} runs: {name}", flush=True)
             collect(args, plan)
             report(args.assets)
-        pictures(args)
+        save_figures(args)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
