@@ -1,6 +1,6 @@
 """Pretrain an audiovisual masked autoencoder (Sec. 3; recipe: Table 20).
 
-    torchrun train_pretrain.py --encoder mid               # built-in clips, two minutes on a CPU
+    torchrun train_pretrain.py --encoder mid               # built-in clips, minutes on a CPU
     torchrun --nproc_per_node=8 train_pretrain.py --preset vggsound --data clips/ --encoder mid
     python train_pretrain.py --eval runs/demo/last.pt --data clip.mp4       # errors and pictures
 
