@@ -794,7 +794,8 @@ def list_files(folder, modalities=MODALITIES):
 
     counts = ", ".join(f"{suffix} {count}" for suffix, count in ignored.most_common(8))
     if not found:
-        raise UserError(f"no video files ({', '.join(suffixes)}) below {folder}, but: {counts}")
+        others = f", but: {counts}" if counts else ""
+        raise UserError(f"no video files ({', '.join(suffixes)}) below {folder}{others}")
     if ignored:
         print(f"{folder}: ignored {sum(ignored.values())} files: {counts}")
     return sorted(found)
